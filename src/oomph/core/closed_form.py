@@ -1,0 +1,267 @@
+"""The size of everything a training step allocates, as a formula in the shape of the micro-batch.
+
+A few traces at different shapes agree in everything but sizes. Every dimension of every storage is then a feature of the
+shape (samples, tokens, images, their products, tokens rounded up as attention kernels round them) times an integer plus
+an integer; a size is the product of its dimensions. The formulas are checked on a trace at a shape, and with a number
+of layers, that they were not made from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from oomph.core.events import Kind
+from oomph.core.trace import Parameter, Piece, Storage, Trace
+from oomph.core.unroll import Unrolled, unroll
+
+LOSS_CHUNKS = 16
+
+
+class NotClosed(Exception):
+    """The model's sizes are not formulas of this kind; each shape has to be traced by itself."""
+
+
+class Family(NamedTuple):
+    """Shapes that run the same operators: one sample is a case of its own, and so are no image and one image."""
+
+    one_sample: bool
+    images: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Family:
+        """The family of (samples, tokens, images)."""
+        return cls(shape[0] == 1, min(shape[2], 2))
+
+    def examples(self) -> list[tuple[int, int, int]]:
+        """Shapes to trace: two to make the formulas from and one to check them on."""
+        samples = (1, 1, 1) if self.one_sample else (2, 3, 5)
+        images = (2, 3, 1 if not self.one_sample else 4)
+        tokens = (641, 1153, 2621)  # the first two are one above a multiple of 128: every rounding up gives another value
+        if self.images < 2:
+            return [(b, s, self.images) for b, s in zip(samples, tokens, strict=True)]
+        return [(b, s, b * n) for b, s, n in zip(samples, tokens, images, strict=True)]
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def features(samples: int, tokens: int, images: int, trained: int) -> dict[str, int]:
+    """What a dimension can be proportional to. `trained` is the number of trainable parameters (tensors, not elements)."""
+    rows = samples * tokens
+    chunk = -(-rows // LOSS_CHUNKS)
+    return {
+        "1": 1,
+        "samples": samples,
+        "tokens": tokens,
+        "images": images,
+        "samples*tokens": rows,
+        "samples*(tokens-1)": rows - samples,
+        "images/samples": images // samples if images % samples == 0 else 0,
+        **{f"ceil{n}(tokens)": _up(tokens, n) for n in (8, 16, 32, 64, 128)},
+        **{f"samples*ceil{n}(tokens)": samples * _up(tokens, n) for n in (8, 16, 32, 64, 128)},
+        "tokens²": tokens * tokens,
+        "samples*tokens²": rows * tokens,
+        "chunk": chunk,
+        "last chunk": rows - (LOSS_CHUNKS - 1) * chunk,
+        "trained": trained,
+    }
+
+
+FEATURES = tuple(features(2, 3, 4, 5))
+
+
+class Dimension(NamedTuple):
+    """`factor` times a feature (its number in `FEATURES`) plus `offset`."""
+
+    feature: int
+    factor: int
+    offset: int
+
+
+class Formula(NamedTuple):
+    """A storage's size: the product of its dimensions times the bytes of an element."""
+
+    dimensions: tuple[Dimension, ...]
+    itemsize: int
+
+
+@dataclass
+class ClosedForm:
+    """The whole model's step: formulas, storages as columns that refer to them, and the timeline.
+
+    `formula`, `kind`, `layer` and `parameter` have one entry for each storage; -1 stands for none.
+    """
+
+    formulas: list[Formula] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)
+    formula: list[int] = field(default_factory=list)
+    kind: list[int] = field(default_factory=list)
+    layer: list[int] = field(default_factory=list)
+    parameter: list[int] = field(default_factory=list)
+    timeline: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    marks: list[tuple[int, str]] = field(default_factory=list)
+    parameters: list[Parameter] = field(default_factory=list)
+    unclassified: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> int:
+        """How many parameters are trained."""
+        return sum(parameter.trainable for parameter in self.parameters)
+
+    def dimensions(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Every formula's dimensions at (samples, tokens, images), padded with ones: [formulas, 6]."""
+        values = np.array(list(features(*shape, self.trained).values()), dtype=np.int64)
+        index, factor, offset = self._columns
+        return values[index] * factor + offset
+
+    def sizes(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Every formula's bytes at (samples, tokens, images)."""
+        result: npt.NDArray[np.int64] = self.dimensions(shape).prod(axis=1) * self._itemsizes
+        return result
+
+    @functools.cached_property
+    def _columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        width = max((len(f.dimensions) for f in self.formulas), default=1)
+        rows = [f.dimensions + (Dimension(0, 1, 0),) * (width - len(f.dimensions)) for f in self.formulas]
+        table = np.array(rows, dtype=np.int64).reshape(len(rows), width, 3)
+        return table[:, :, 0].copy(), table[:, :, 1].copy(), table[:, :, 2].copy()
+
+    @functools.cached_property
+    def _itemsizes(self) -> npt.NDArray[np.int64]:
+        return np.array([f.itemsize for f in self.formulas], dtype=np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        """The form as plain JSON values."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ClosedForm:
+        """The form that `to_json` wrote.
+
+        Raises:
+            TypeError, ValueError, KeyError: the data was not written by `to_json`.
+        """
+        made = {
+            "formulas": [Formula(tuple(Dimension(*d) for d in dims), itemsize) for dims, itemsize in data["formulas"]],
+            "kinds": [Kind(*kind) for kind in data["kinds"]],
+            "pieces": [Piece(*piece) for piece in data["pieces"]],
+            "marks": [(int(at), str(phase)) for at, phase in data["marks"]],
+            "parameters": [Parameter(p[0], tuple(p[1]), *p[2:]) for p in data["parameters"]],
+        }
+        return cls(**{**data, **made})
+
+
+def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int], Trace] | None) -> ClosedForm:
+    """The closed form of traces at several shapes, checked on one more.
+
+    Args:
+        traces: pairs of (samples, tokens, images) and the trace at that shape, all with the same layers.
+        check: a pair that takes no part in making the formulas; its trace may have more layers.
+
+    Raises:
+        NotClosed: the traces differ in more than sizes, a size fits no formula, or the check does not come out equal.
+        NotPeriodic: the trace leaves layers out and cannot be unrolled.
+    """
+    first = traces[0][1]
+    for _, other in traces[1:]:
+        if other.skeleton() != first.skeleton():
+            raise NotClosed("the operators depend on the shape")
+    values = [features(*shape, sum(p.trainable for p in trace.parameters)) for shape, trace in traces]
+    table = [list(column) for column in zip(*(v.values() for v in values), strict=True)]
+    rows = zip(*(trace.storages for _, trace in traces), strict=True)
+    found: dict[Any, Formula] = {}
+    formulas = []
+    for row in rows:
+        key = (row[0].itemsize, row[0].kind.phase == "optimizer", tuple((s.nbytes, s.shape) for s in row))
+        if key not in found:
+            found[key] = _formula(row, table)
+        formulas.append(found[key])
+    form = _assemble(first, unroll(first), formulas)
+    if check is not None:
+        _check(first, formulas, check)
+    return form
+
+
+def _check(first: Trace, formulas: list[Formula], check: tuple[Sequence[int], Trace]) -> None:
+    """The formulas, unrolled to the layers of the checked trace, must give that trace."""
+    shape, trace = check
+    shallow = Trace(**{**vars(first), "stacks": _as_deep(first, trace)})
+    form = _assemble(shallow, unroll(shallow), formulas)
+    if form.timeline != trace.timeline:
+        raise NotClosed("the operators depend on the shape or on the number of layers")
+    sizes = form.sizes(shape)
+    for storage, formula in zip(trace.storages, form.formula, strict=True):
+        if storage.nbytes != sizes[formula]:
+            raise NotClosed(f"{storage.kind.op} in {storage.kind.module} has {storage.nbytes} bytes, not {sizes[formula]}")
+
+
+def _as_deep(first: Trace, trace: Trace) -> list[Any]:
+    return [
+        shallow._replace(full_units=deep.units) if shallow.units < shallow.full_units else shallow
+        for shallow, deep in zip(first.stacks, trace.stacks, strict=True)
+    ]
+
+
+def _assemble(trace: Trace, whole: Unrolled, formulas: list[Formula]) -> ClosedForm:
+    form = ClosedForm(
+        timeline=whole.timeline, pieces=whole.pieces, marks=whole.marks, parameters=whole.parameters, unclassified=trace.unclassified
+    )
+    formula_numbers: dict[Formula, int] = {}
+    kind_numbers: dict[Kind, int] = {}
+    for copy in whole.copies:
+        form.formula.append(formula_numbers.setdefault(formulas[copy.source], len(formula_numbers)))
+        form.kind.append(kind_numbers.setdefault(trace.storages[copy.source].kind, len(kind_numbers)))
+        form.layer.append(copy.layer)
+        form.parameter.append(copy.parameter)
+    form.formulas, form.kinds = list(formula_numbers), list(kind_numbers)
+    return form
+
+
+def constant_form(trace: Trace) -> ClosedForm:
+    """A trace at one shape as a form without variables, for models whose sizes are not closed."""
+    formulas = []
+    for storage in trace.storages:
+        padded = storage.nbytes != math.prod(storage.shape) * storage.itemsize
+        shape = (storage.nbytes // storage.itemsize,) if padded else storage.shape
+        formulas.append(Formula(tuple(Dimension(0, dim, 0) for dim in shape), storage.itemsize))
+    return _assemble(trace, unroll(trace), formulas)
+
+
+def _formula(row: Sequence[Storage], table: list[list[int]]) -> Formula:
+    first = row[0]
+    if all(s.nbytes == math.prod(s.shape) * s.itemsize for s in row):
+        columns = zip(*(s.shape for s in row), strict=True)
+    else:
+        columns = zip(*((s.nbytes // s.itemsize,) for s in row), strict=True)
+    return Formula(tuple(_dimension(column, table, first) for column in columns), first.itemsize)
+
+
+def _dimension(values: tuple[int, ...], table: list[list[int]], storage: Storage) -> Dimension:
+    """The simplest formula through the values: the smallest offset, and of those the first feature."""
+    trained = FEATURES.index("trained")
+    if storage.kind.phase == "optimizer" and list(values) == table[trained]:
+        return Dimension(trained, 1, 0)
+    if len(set(values)) == 1:
+        return Dimension(0, values[0], 0)
+    best: Dimension | None = None
+    for number, column in enumerate(table[:trained]):
+        if len(set(column)) == 1 or 0 in column:
+            continue
+        factor, rest = divmod(values[0] - values[1], column[0] - column[1])
+        offset = values[0] - factor * column[0]
+        if rest or factor < 1 or any(factor * x + offset != v for x, v in zip(column, values, strict=True)):
+            continue
+        if best is None or abs(offset) < abs(best.offset):
+            best = Dimension(number, factor, offset)
+    if best is None:
+        raise NotClosed(f"{storage.kind.op} in {storage.kind.module} has a dimension of {values}")
+    return best

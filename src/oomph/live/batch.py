@@ -1,0 +1,116 @@
+"""Worst-case batches: every sample as long as the limit, every image as large as it may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from oomph.core.layout import Shape
+from oomph.errors import UserError
+
+Batch = dict[str, Any]
+
+
+class Images(NamedTuple):
+    """How a model takes images: tokens that one becomes in the text, and the tensors of a number of images."""
+
+    tokens: int
+    inputs: Callable[[int, torch.dtype], Batch]
+
+
+def images_of(config: PretrainedConfig, image_size: tuple[int, int] | None) -> Images | None:
+    """How the model takes images of a size, [height, width] in pixels; none for a text model.
+
+    Raises:
+        UserError: the model's way of taking images is not known here.
+    """
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    kind = config.model_type
+    if kind in ("llava", "internvl", "gemma3"):
+        return _fixed(config, vision)
+    if kind in ("idefics3", "smolvlm"):
+        return _tiled(config, vision, image_size)
+    if kind in _GRIDS:
+        return _grid(config, vision, image_size)
+    raise UserError(
+        f"how {kind} takes images is not known",
+        "plan the text part alone, or use a model of one of the kinds llava, internvl, gemma3, idefics3, "
+        + ", ".join(sorted(_GRIDS)),
+    )
+
+
+def _side(value: int | list[int] | tuple[int, ...]) -> int:
+    return value if isinstance(value, int) else value[0]
+
+
+def _fixed(config: PretrainedConfig, vision: PretrainedConfig) -> Images:
+    """Images of the one size that the tower was trained for."""
+    side, patch = _side(vision.image_size), _side(vision.patch_size)
+    patches = (side // patch) ** 2
+    if config.model_type == "gemma3":
+        tokens = config.mm_tokens_per_image
+    elif config.model_type == "internvl":
+        tokens = int(patches * config.downsample_ratio**2)
+    else:
+        tokens = patches + (config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model")
+
+    def inputs(images: int, dtype: torch.dtype) -> Batch:
+        return {"pixel_values": torch.empty((images, 3, side, side), dtype=dtype)}
+
+    return Images(tokens, inputs)
+
+
+def _tiled(config: PretrainedConfig, vision: PretrainedConfig, image_size: tuple[int, int] | None) -> Images:
+    """Idefics3 cuts an image into tiles of the tower's size and adds the whole image, made small, as one more tile."""
+    side = _side(vision.image_size)
+    height, width = image_size or (side * 4, side * 4)
+    rows, columns = math.ceil(height / side), math.ceil(width / side)
+    tiles = rows * columns + 1 if rows * columns > 1 else 1
+    tokens = (side // _side(vision.patch_size)) ** 2 // config.scale_factor**2
+
+    def inputs(images: int, dtype: torch.dtype) -> Batch:
+        return {"pixel_values": torch.empty((1, images * tiles, 3, side, side), dtype=dtype)}
+
+    return Images(tokens * tiles, inputs)
+
+
+# The grid's name among the model's inputs, and the pixels of a side of one token.
+_GRIDS = {
+    "qwen2_5_vl": "image_grid_thw",
+    "qwen3_vl": "image_grid_thw",
+    "qwen3_vl_moe": "image_grid_thw",
+    "paddleocr_vl": "image_grid_thw",
+    "kimi_k25": "image_grid_thw",
+}
+
+
+def _grid(config: PretrainedConfig, vision: PretrainedConfig, image_size: tuple[int, int] | None) -> Images:
+    """Images of any size, cut into patches; several neighbouring patches become one token."""
+    patch = _side(vision.patch_size)
+    merge = _side(getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_kernel_size", 2))
+    unit = patch * merge
+    height, width = (max(unit, round(side / unit) * unit) for side in image_size or (448, 448))
+    rows, columns = height // patch, width // patch
+    frames = getattr(vision, "temporal_patch_size", 1)
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or getattr(vision, "num_channels", 3)
+    flat = config.model_type not in ("paddleocr_vl", "kimi_k25")
+
+    def inputs(images: int, dtype: torch.dtype) -> Batch:
+        patches = images * rows * columns
+        pixels = (patches, channels * frames * patch * patch) if flat else (patches, channels, patch, patch)
+        return {"pixel_values": torch.empty(pixels, dtype=dtype), _GRIDS[config.model_type]: [[1, rows, columns]] * images}
+
+    return Images(rows * columns // merge**2, inputs)
+
+
+def text_inputs(shape: Shape) -> dict[str, Tensor]:
+    """Token ids and labels, [samples, tokens]. Samples are padded on the right, so a causal model needs no mask."""
+    size = (shape.samples, shape.tokens)
+    return {"input_ids": torch.empty(size, dtype=torch.long), "labels": torch.empty(size, dtype=torch.long)}

@@ -1,0 +1,181 @@
+"""Runs the training step on fake tensors and returns its trace: no weights, no GPU, almost no memory."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers.masking_utils as masking
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from oomph.core.trace import Stack, Trace
+from oomph.live.batch import Batch, Images, Shape, text_inputs
+from oomph.live.cuda_rules import CudaFunctions, CudaRules, Device
+from oomph.live.model import part_finder, to_fake
+from oomph.live.step import LOSSES, commit, train_step
+from oomph.live.trace import Recorder, recording
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of the Choice changes the trace. `capability` is the card's, (major, minor); none switches the CUDA rules off."""
+
+    attention: str
+    loss: str
+    optimizer: str
+    checkpointing: str
+    capability: tuple[int, int] | None
+
+
+class Simulator:
+    """A model on fake tensors whose training step can be traced at any shape.
+
+    Args:
+        model: on the ``meta`` device; its parameters and buffers become fake tensors, in place.
+        stacks: what `layers.shorten` left out of the model.
+        images: how the model takes images, none for a text model.
+    """
+
+    def __init__(self, model: nn.Module, setup: Setup, stacks: list[Stack], images: Images | None) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._model, self._setup, self._stacks, self._images = model, setup, stacks, images
+        to_fake(model, self.mode)
+        if setup.checkpointing == "blocks":
+            checkpoint_blocks(model)
+
+    def trace(self, shape: Shape) -> Trace:
+        """Two optimizer steps, the second of two micro-batches, and an evaluation, at one shape of the micro-batch."""
+        rules = CudaRules(Device(self._setup.capability), self._setup.attention) if self._setup.capability else None
+        recorder = Recorder(self._model, self._stacks, rules)
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.enter_context(_fake_ready())
+            stack.enter_context(self.mode)
+            recorder.start("load")
+            recorder.load(self._model, part_finder(self._model))
+            stack.enter_context(recording(recorder, self._model))
+            if rules is not None:
+                stack.enter_context(_patched(CudaFunctions(rules)._handlers))
+            self._run(recorder, shape)
+        recorder.finish()
+        name_roles(recorder.trace, self._model.config.get_text_config(), shape)  # type: ignore[union-attr]
+        return recorder.trace
+
+    def _run(self, recorder: Recorder, shape: Shape) -> None:
+        optimizer = make_optimizer(self._model, self._setup.optimizer)
+        numbers = {id(p): number for number, p in enumerate(self._model.parameters())}
+
+        def collate() -> Batch:
+            with recorder.making_inputs():
+                batch: Batch = dict(text_inputs(shape))
+                if self._images is not None and shape.images:
+                    batch |= self._images.inputs(shape.images, next(self._model.parameters()).dtype)
+                return batch
+
+        train_step(self._model, optimizer, [collate, collate], LOSSES[self._setup.loss], 1, on=_announcer(recorder))
+        for parameter, state in optimizer.state.items():
+            tensors = [(numbers[id(parameter)], value) for value in state.values() if isinstance(value, Tensor)]
+            recorder.assign(tensors, "optimizer")
+        recorder.start("step/optimizer")
+        recorder.enter("optimizer")
+        for parameter in optimizer.state:
+            recorder.revive(parameter)
+        commit(optimizer)
+        recorder.start("evaluate")
+        del optimizer, state, tensors
+        self._evaluate(recorder, collate)
+
+    def _evaluate(self, recorder: Recorder, collate: Callable[[], Batch]) -> None:
+        recorder.enter("evaluate")
+        self._model.eval()
+        with torch.no_grad():
+            LOSSES[self._setup.loss](self._model, collate(), 1)
+        self._model.train()
+
+
+def _announcer(recorder: Recorder) -> Callable[[str, int], None]:
+    def on(phase: str, index: int) -> None:
+        if phase == "forward":
+            recorder.start("first" if index == 0 else "next")
+        elif phase == "optimizer":
+            recorder.start("warmup/optimizer")
+        recorder.enter(phase)
+
+    return on
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Every block keeps its inputs only and is computed again in the backward.
+
+    transformers also makes the embeddings' outputs require gradients, for adapters on a frozen model; a frozen vision
+    tower would keep a graph for nothing, so that is undone.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.disable_input_require_grads()  # type: ignore[operator]
+
+
+def make_optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, in the implementation that the Choice names."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    variant = kind.removeprefix("adamw-")
+    return torch.optim.AdamW(trained, lr=1e-4, foreach=variant == "foreach", fused=variant == "fused")
+
+
+def name_roles(trace: Trace, config: PretrainedConfig, shape: Shape) -> None:
+    """Tells logits and attention scores from other activations, by their shapes."""
+    for number, storage in enumerate(trace.storages):
+        if storage.kind.role not in ("activation", "temporary"):
+            continue
+        dims = storage.shape
+        role = ""
+        if len(dims) >= 2 and dims[-1] == config.vocab_size and dims != (config.vocab_size, config.hidden_size):
+            role = "logits"
+        elif len(dims) >= 3 and dims[-1] == dims[-2] == shape.tokens:
+            role = "scores"
+        if role:
+            trace.storages[number] = storage._replace(kind=storage.kind._replace(role=role))
+
+
+@contextmanager
+def _fake_ready() -> Iterator[None]:
+    """Answers the two questions that code asks of a tensor's values and a fake tensor cannot answer.
+
+    transformers looks in the position ids for several sequences packed in one row; a real run with plain positions finds
+    none and drops the mask, but with fake tensors, which it takes for a graph capture, it keeps one. AdamW reads its step
+    counter, which lives on the CPU.
+    """
+    adam: Any = importlib.import_module("torch.optim.adam")
+    packed, value = masking.find_packed_sequence_indices, adam._get_value
+
+    def none_packed(position_ids: Tensor) -> None:
+        packed(position_ids)
+
+    masking.find_packed_sequence_indices = none_packed
+    adam._get_value = lambda x: 1.0 if isinstance(x, Tensor) else value(x)
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices, adam._get_value = packed, value
+
+
+@contextmanager
+def _patched(replacements: dict[Any, Any]) -> Iterator[None]:
+    changed = []
+    for owner in (torch, nn.functional, Tensor):
+        for name, value in list(vars(owner).items()):
+            if callable(value) and getattr(value, "__hash__", None) and value in replacements:
+                changed.append((owner, name, value))
+                setattr(owner, name, replacements[value])
+    try:
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)

@@ -1,0 +1,339 @@
+"""Records what a training step asks of the allocator while it runs, on fake or on real tensors.
+
+A `TorchDispatchMode` sees every operator; a storage is born when an operator's output has one that was not there
+before, and dies when its last owner lets go. Module hooks and the sequence numbers of autograd nodes say which module's
+forward each operator, also of the backward, belongs to.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oomph.core.events import Kind
+from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Storage, Trace, layer_of, stack_of
+from oomph.live.cuda_rules import CudaRules, Extra
+from oomph.live.layers import Owner, dtype_name, owners
+
+_EMPTY = Owner("", NOWHERE)
+_ROLES = {"forward": "activation", "recompute": "activation", "evaluate": "activation"}
+_DEVICE = torch.ops.prim.device.default
+_HOST_CONSTANT = torch.ops.aten.lift_fresh.default
+
+
+class Recorder(TorchDispatchMode):
+    """Collects a `Trace`. Use `recording` to enter it together with its module hooks.
+
+    Args:
+        model: whose modules own the storages.
+        stacks: the model's stacks of layers, as `layers.shorten` gives them.
+        rules: what CUDA allocates beside the traced operators' outputs; none to record the traced device as it is.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Sequence[Stack], rules: CudaRules | None = None) -> None:
+        super().__init__()
+        self.trace = Trace(stacks=list(stacks))
+        self.phase = "load"
+        self._rules = rules
+        self._owners = owners(model, list(stacks))
+        self._frames: list[Owner] = []
+        self._sequence: list[int] = [-1]
+        self._sequence_owner: list[Owner] = [_EMPTY]
+        self._here = NOWHERE
+        self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._workspaces: set[tuple[str, str]] = set()
+        self._parameter_owner: dict[str, Owner] = {}
+        self._open: tuple[str, int] | None = None
+
+        self._parameter_nodes: dict[int, Owner] = {}
+        self._parameter_index: dict[int, int] = {}
+        self._inputs = self._paused = False
+
+    # What the step's runner says.
+
+    def start(self, name: str) -> None:
+        """Ends the open piece of the timeline and starts the next; an empty name only ends."""
+        position = len(self.trace.timeline)
+        if self._open is not None:
+            self.trace.pieces.append(Piece(self._open[0], self._open[1], position))
+        self._open = (name, position) if name else None
+
+    def enter(self, phase: str) -> None:
+        """The operators from here on belong to another phase."""
+        self.phase = phase
+        self.trace.marks.append((len(self.trace.timeline), phase))
+        if phase in ("forward", "optimizer", "evaluate"):
+            self._here = NOWHERE
+
+    @contextmanager
+    def making_inputs(self) -> Iterator[None]:
+        """Storages born in the block are the step's inputs."""
+        self._inputs = True
+        yield
+        self._inputs = False
+
+    def revive(self, parameter: nn.Parameter) -> None:
+        """Gives the parameter a gradient that stands for the one of the first micro-batch, which has died since."""
+        self._paused = True
+        gradient = torch.empty_like(parameter)
+        self._paused = False
+        index = self._parameter_index[id(parameter)]
+        rows = self.trace.storages
+        number = next(n for n, s in enumerate(rows) if s.parameter == index and s.kind.role == "gradient")
+        self._adopt(gradient, number)
+        parameter.grad = gradient
+
+    def finish(self) -> None:
+        """Ends the last piece. What dies from here on is no longer recorded."""
+        self.start("")
+        self._live.clear()
+
+    def load(self, model: nn.Module, part: Callable[[str], str]) -> None:
+        """Allocates the parameters and buffers, children first as ``Module.to`` moves them, tied ones once."""
+        index = {id(p): number for number, p in enumerate(model.parameters())}
+        for name, p in model.named_parameters():
+            shape = tuple(p.shape)
+            self.trace.parameters.append(Parameter(name, shape, dtype_name(p.dtype), p.requires_grad, part(name)))
+            self._parameter_owner[name] = self._owners[name.rpartition(".")[0]]
+        for path, module in _children_first(model):
+            owner = self._owners[path]
+            tensors: Iterable[Tensor | None] = (*module._parameters.values(), *module._buffers.values())
+            for tensor in tensors:
+                if tensor is not None and tensor.untyped_storage()._cdata not in self._live:
+                    self._birth(tensor, Kind("load", owner.template, "load", "weight", dtype_name(tensor.dtype)), owner.place, owner.place, index.get(id(tensor), -1))
+
+    def assign(self, tensors: Iterable[tuple[int, Tensor]], role: str) -> None:
+        """Gives the storages of tensors a role and the parameter they belong to, and that parameter's home."""
+        for parameter, tensor in tensors:
+            entry = self._live.get(tensor.untyped_storage()._cdata)
+            if entry is not None:
+                self._relabel(entry[0], role, parameter)
+
+    def _relabel(self, number: int, role: str, parameter: int) -> None:
+        storage = self.trace.storages[number]
+        if storage.kind.role == "weight":
+            return
+        owner = self._parameter_owner[self.trace.parameters[parameter].name] if parameter >= 0 else None
+        kind = storage.kind._replace(role=role) if owner is None else storage.kind._replace(role=role, module=owner.template)
+        home = storage.home if owner is None else owner.place
+        self.trace.storages[number] = storage._replace(kind=kind, home=home, parameter=parameter)
+
+    # Modules.
+
+    def push(self, path: str) -> int:
+        """A module's forward begins; returns the depth to give back to `pop`."""
+        owner = self._owners[path]
+        self._frames.append(owner)
+        self._note(owner)
+        if owner.place != NOWHERE:
+            self._here = owner.place
+        return len(self._frames) - 1
+
+    def pop(self, depth: int) -> None:
+        """The forward that `push` announced has ended, normally or by an exception."""
+        del self._frames[depth:]
+        self._note(self._frames[-1] if self._frames else _EMPTY)
+        if self.phase in ("forward", "evaluate") and not (self._frames and self._frames[-1].place != NOWHERE) and self._is_last(self._here):
+            self._here = NOWHERE
+
+    def _is_last(self, where: int) -> bool:
+        return where != NOWHERE and layer_of(where) == self.trace.stacks[stack_of(where)].layers - 1
+
+    def _note(self, owner: Owner) -> None:
+        self._sequence.append(torch.autograd._get_sequence_nr())
+        self._sequence_owner.append(owner)
+
+    def _owner_now(self) -> tuple[Owner, str]:
+        """The owner of the operator that runs now, and its phase."""
+        if self.phase != "backward":
+            return (self._frames[-1] if self._frames else _EMPTY), self.phase
+        recompute = bool(self._frames) or torch.is_grad_enabled()
+        phase = "recompute" if recompute else "backward"
+        if self._frames:
+            return self._frames[-1], phase
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return _EMPTY, phase
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            return self._parameter_nodes.get(id(variable), _EMPTY), phase
+        owner = self._sequence_owner[bisect.bisect_right(self._sequence, node._sequence_nr()) - 1]
+        if recompute and owner.place != NOWHERE:
+            owner = Owner(owner.template[: owner.template.index("{}") + 2], owner.place)
+        return owner, phase
+
+    def watch(self, model: nn.Module) -> None:
+        """Learns which parameter an ``AccumulateGrad`` node stands for."""
+        self._parameter_nodes = {id(p): self._owners[name.rpartition(".")[0]] for name, p in model.named_parameters()}
+        self._parameter_index = {id(p): number for number, p in enumerate(model.parameters())}
+
+    # Storages.
+
+    def _event(self, entry: int, where: int) -> None:
+        self.trace.timeline.append(entry)
+        self.trace.places.append(where)
+
+    def _new(self, nbytes: int, shape: tuple[int, ...], itemsize: int, kind: Kind, home: int, where: int, parameter: int = -1) -> int:
+        number = len(self.trace.storages)
+        self.trace.storages.append(Storage(nbytes, shape, itemsize, kind, home, parameter))
+        self._event(number, where)
+        return number
+
+    def _birth(self, tensor: Tensor, kind: Kind, home: int, where: int, parameter: int = -1) -> None:
+        storage = tensor.untyped_storage()
+        number = self._new(storage.nbytes(), tuple(tensor.shape), tensor.element_size(), kind, home, where, parameter)
+        self._adopt(tensor, number)
+
+    def _adopt(self, tensor: Tensor, number: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._live[key] = (number, weakref.ref(storage, lambda _, key=key: self._death(key)))
+
+    def _death(self, key: int) -> None:
+        entry = self._live.pop(key, None)
+        if entry is None:
+            return
+        number = entry[0]
+        home = self.trace.storages[number].home
+        inside = self._frames and self._frames[-1].place != NOWHERE
+        own = self.phase == "optimizer" or (self._here == NOWHERE and not inside)
+        self._event(~number, home if own else self._here)
+
+    def _extra(self, extra: Extra, op: str, owner: Owner, phase: str, where: int) -> int:
+        count = 1
+        for dim in extra.shape:
+            count *= dim
+        kind = Kind(f"{op}:{extra.name}", owner.template, phase, "temporary", dtype_name(extra.dtype))
+        return self._new(count * extra.dtype.itemsize, extra.shape, extra.dtype.itemsize, kind, owner.place, where)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs as much as the recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        outputs = func(*args, **(kwargs or {}))
+        if self._paused:
+            return outputs
+        owner, phase = self._owner_now()
+        if owner.place != NOWHERE:
+            self._here = owner.place
+        if phase == "backward" and func is torch.ops.aten.add_.Tensor or func is torch.ops.aten.detach.default:
+            self._gradient(args)
+        program = self._rules.program(func, args, kwargs or {}, outputs) if self._rules is not None else None
+        name = str(func)
+        before = [self._extra(extra, name, owner, phase, self._here) for extra in program.before] if program else []
+        self._outputs(func, args, outputs, Kind(name, owner.template, phase, "", ""), owner)
+        if program is not None:
+            self._after(program.after, name, owner, phase)
+        for number in before:
+            self._event(~number, self._here)
+        if self._rules is not None:
+            self._library(func, args, kwargs or {}, phase)
+        return outputs
+
+    def _gradient(self, args: Sequence[Any]) -> None:
+        node: Any = torch._C._current_autograd_node()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            self.assign([(self._parameter_index[id(variable)], args[-1])], "gradient")
+
+    def _outputs(self, func: Any, args: Sequence[Any], outputs: Any, kind: Kind, owner: Owner) -> None:
+        for position, tensor in enumerate(_tensors(outputs)):
+            if tensor.untyped_storage()._cdata in self._live:
+                continue
+            if self._rules is not None and (self._rules.on_host(func, position) or (func is _HOST_CONSTANT and kind.phase == "optimizer")):
+                continue
+            home = owner.place
+            if kind.phase == "optimizer":
+                home = self._here = self._home_of(args, position)
+            role = "input" if self._inputs else _ROLES.get(kind.phase, "temporary")
+            self._birth(tensor, kind._replace(role=role, dtype=dtype_name(tensor.dtype)), home, self._here)
+            if self._rules is not None and not self._rules.classified(func):
+                key = str(func)
+                self.trace.unclassified[key] = max(self.trace.unclassified.get(key, 0), tensor.untyped_storage().nbytes())
+
+    def _home_of(self, args: Sequence[Any], position: int) -> int:
+        """In the optimizer: the home of the first argument's storage, of its `position`-th where it is a list; else the last one's."""
+        first = args[0] if args else None
+        if isinstance(first, list | tuple):
+            first = first[position] if position < len(first) else None
+        if isinstance(first, Tensor):
+            entry = self._live.get(first.untyped_storage()._cdata)
+            if entry is not None:
+                return self.trace.storages[entry[0]].home
+        return self._here
+
+    def _after(self, program: Sequence[Extra | int], name: str, owner: Owner, phase: str) -> None:
+        held: list[int | None] = []
+        for item in program:
+            if isinstance(item, int):
+                number = held[item]
+                assert number is not None
+                self._event(~number, self._here)
+                held[item] = None
+            else:
+                held.append(self._extra(item, name, owner, phase, self._here))
+        for number in held:
+            if number is not None:
+                self._event(~number, self._here)
+
+    def _library(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], phase: str) -> None:
+        assert self._rules is not None
+        thread = "autograd" if phase in ("backward", "recompute") else "main"
+        for key, nbytes in self._rules.workspaces(func, args, kwargs):
+            if (key, thread) not in self._workspaces:
+                self._workspaces.add((key, thread))
+                kind = Kind(f"{key} ({thread} thread)", "", phase, "workspace", "uint8")
+                self._new(nbytes, (nbytes,), 1, kind, NOWHERE, NOWHERE)
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, list | tuple):
+        for item in outputs:
+            yield from _tensors(item)
+
+
+def _children_first(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            yield from visit(f"{path}.{name}" if path else name, child)
+        yield path, module
+
+    return visit("", model)
+
+
+@contextmanager
+def recording(recorder: Recorder, model: nn.Module) -> Iterator[None]:
+    """Hooks the model's modules and records every operator until the block ends. Cyclic garbage collection is held off.
+
+    The collector would free storages at moments that depend on unrelated allocations, and no two traces would agree.
+    """
+    depths: dict[str, list[int]] = {}
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            hold = depths.setdefault(path, [])
+            before = module.register_forward_pre_hook(lambda *_, path=path, hold=hold: hold.append(recorder.push(path)), prepend=True)
+            after = module.register_forward_hook(lambda *_, hold=hold: recorder.pop(hold.pop()), always_call=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        recorder.watch(model)
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        if enabled:
+            stack.callback(gc.enable)
+        stack.enter_context(recorder)
+        yield

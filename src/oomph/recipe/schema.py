@@ -1,0 +1,261 @@
+"""What a recipe may say. The docstring below each field is its help text.
+
+Types are strict: a number in quotes is no number, and an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from oomph.recipe.rules import parse_pattern
+from oomph.records import Attention, Checkpointing, Loss, Optimizer, Precision, Sharding
+
+
+def _expects(expected: str) -> WrapValidator:
+    """One sentence instead of one for every member of a union."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("expected", "must be {expected}", {"expected": expected}) from None
+
+    return WrapValidator(check)
+
+
+def _printable(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise PydanticCustomError("expected", "must be {expected}", {"expected": "one line of printable text"})
+    return text
+
+
+def _pattern(text: str) -> str:
+    parse_pattern(text)
+    return text
+
+
+def _trains(rules: dict[str, float | Literal["frozen"]]) -> dict[str, float | Literal["frozen"]]:
+    if all(rate == "frozen" for rate in rules.values()):
+        raise ValueError("nothing trains in this stage: at least one rule needs a learning rate")
+    return rules
+
+
+def _distinct_layers(layers: list[int]) -> list[int]:
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError("layers are listed once each")
+    return layers
+
+
+def _distinct_stages(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    if not stages:
+        raise ValueError("a recipe has at least one stage")
+    names = [stage.name for stage in stages]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"stages need different names, and {', '.join(repeated)} is used more than once")
+    return stages
+
+
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, AfterValidator(_printable)]
+Rate = Annotated[
+    Literal["frozen"] | Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    _expects("frozen or a learning rate above 0"),
+]
+Rules = Annotated[dict[Annotated[str, AfterValidator(_pattern)], Rate], AfterValidator(_trains)]
+ImageSize = Annotated[
+    Count | Annotated[tuple[Count, Count], Field(strict=False)],
+    _expects("the pixels of a side or [height, width], in whole numbers from 1"),
+]
+Layers = Annotated[
+    Literal["alternate", "first_half", "second_half", "all"]
+    | Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_distinct_layers)],
+    _expects("alternate, first_half, second_half, all or a list of different layer numbers from 0"),
+]
+
+
+class Section(BaseModel):
+    """A mapping of a recipe. It cannot be changed, only replaced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Parts(Section):
+    """A vision-language model put together from its parts."""
+
+    vision: Text
+    """The vision tower: a catalogued model, a local folder, or a hub id in the local cache."""
+    projector: Annotated[str, Field(pattern=r"^(linear|identity|mlp[1-9][0-9]?x_gelu)$")]
+    """Between tower and language model: `linear`, `identity`, or `mlpNx_gelu` for N linear layers with GELU between."""
+    language: Text
+    """The language model: a catalogued model, a local folder, or a hub id in the local cache."""
+    vision_feature_layer: int = -2
+    """The hidden state of the tower that the projector reads; -1 is the last."""
+    vision_feature_select: Literal["patch", "full"] = "patch"
+    """`patch` drops the class token, `full` keeps every token."""
+
+
+class Data(Section):
+    """The limits of the data: what one sample may hold."""
+
+    max_tokens: Count
+    """The tokens of the longest sample."""
+    image_tokens_count: bool = True
+    """Whether image tokens count towards `max_tokens`. If not, the text is cut before the image tokens are spliced in,
+    each image then counting as one token, so a sample reaches max_tokens + images · (tokens per image - 1)."""
+    images_per_sample: Annotated[int, Field(ge=0)] = 1
+    """Images of a sample."""
+    image_size: ImageSize | None = None
+    """Pixels of a side, or [height, width], for models that take images of any size; else the model's own size."""
+
+
+class StageData(Data):
+    """The limits that one stage sets otherwise; whatever is not set is as in the recipe's `data`."""
+
+    max_tokens: Count = 1
+    """The tokens of the longest sample of this stage."""
+
+
+class Hardware(Section):
+    """What the run is planned for."""
+
+    gpu: Text
+    """The GPU's name, as in `A100-SXM4-40GB`."""
+    gpus: Count = 1
+    """All GPUs of the run, over all nodes together."""
+    nodes: Count = 1
+    """The machines that the GPUs are spread over evenly."""
+
+    @model_validator(mode="after")
+    def _spread(self) -> Self:
+        if self.gpus % self.nodes:
+            raise ValueError(
+                f"gpus counts all GPUs over all nodes, and {self.gpus} cannot be spread evenly over nodes {self.nodes}"
+            )
+        return self
+
+
+class Memory(Section):
+    """The knobs that memory depends on. `auto` leaves one to the planner; anything else pins it."""
+
+    micro_batch: Annotated[Literal["auto"] | Count, _expects("auto or a whole number from 1")] = "auto"
+    """Samples that one GPU takes through forward and backward at a time."""
+    checkpointing: Literal["auto", Checkpointing] = "auto"
+    """`blocks` keeps only the input of each transformer block and recomputes the rest in backward; `none` keeps all."""
+    attention: Literal["auto", Attention] = "auto"
+    """`sdpa` lets PyTorch pick a fused kernel, `flash` and `efficient` name one, `eager` writes out the scores,
+    `eager-fp32` writes them out with queries, keys, scores and softmax in float32."""
+    loss: Literal["auto", Loss] = "auto"
+    """`full` keeps the logits of all tokens, `full-shifted` a shifted copy of them as well, `chunked` those of a few
+    tokens at a time."""
+    precision: Literal["auto", Precision] = "auto"
+    """What weights, activations and gradients are held in."""
+    optimizer: Literal["auto", Optimizer] = "auto"
+    """AdamW in one fused kernel, over lists of tensors, or one tensor after the other."""
+    sharding: Literal["auto", Sharding] = "auto"
+    """What the GPUs divide between them: `none` on one GPU, `ddp` nothing, `zero1` optimizer states, `zero2` gradients
+    too, `zero3` weights too (the zeros as DeepSpeed does them)."""
+    expandable_segments: Annotated[Literal["auto"] | bool, _expects("auto, true or false")] = "auto"
+    """PyTorch's allocator option of that name."""
+    eval_batch: Annotated[Literal["auto", "none"] | Count, _expects("auto, none or a whole number from 1")] = "auto"
+    """Samples that one GPU evaluates at a time; `none` where the run does not evaluate."""
+
+
+class Experts(Section):
+    """Upcycling: the feed-forward blocks of some layers become mixtures of experts, each starting as a copy."""
+
+    count: Annotated[int, Field(ge=2)]
+    """Experts in each such layer."""
+    top_k: Count
+    """Experts that see each token."""
+    layers: Layers = "alternate"
+    """`alternate` (the first, the third ...), `first_half`, `second_half`, `all`, or a list of numbers from 0."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.top_k > self.count:
+            raise ValueError(f"top_k {self.top_k} is more than count {self.count}, the experts there are")
+        return self
+
+
+class Stage(Section):
+    """One stage of training."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    """The stage's name: letters, digits, `-` and `_`."""
+    train: Rules
+    """What trains: `pattern: learning rate` or `pattern: frozen`. Every parameter is matched by exactly one rule."""
+    effective_batch: Count
+    """Samples of one optimizer step, over all GPUs and micro-batches."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Passes over the data."""
+    data: StageData = Field(default_factory=StageData)
+    """Limits of the data that differ in this stage."""
+    memory: Memory = Field(default_factory=Memory)
+    """Memory knobs that differ in this stage."""
+    experts: Experts | None = None
+    """The experts, on a stage that upcycles the model before it trains."""
+
+
+def _name_or_parts(value: Any) -> str:
+    return "parts" if isinstance(value, dict | Parts) else "name"
+
+
+Model = Annotated[
+    Annotated[Text, _expects("a model's name, or its parts vision, projector and language"), Tag("name")]
+    | Annotated[Parts, Tag("parts")],
+    Discriminator(_name_or_parts),
+]
+
+
+class Recipe(Section):
+    """What the user wants: a model, the stages that train it, the limits of the data, the hardware."""
+
+    name: Text
+    """The recipe's name, as reports show it."""
+    model: Model
+    """One name (a catalogued model, a local folder, or a hub id in the local cache), or the parts of a model."""
+    data: Data
+    """The limits of the data."""
+    hardware: Hardware
+    """What the run is planned for."""
+    memory: Memory = Field(default_factory=Memory)
+    """Memory knobs of every stage that does not set its own."""
+    stages: Annotated[tuple[Stage, ...], Field(strict=False), AfterValidator(_distinct_stages)]
+    """The stages, in the order in which they run."""
+
+
+KNOBS = tuple(Memory.model_fields)
+SECTIONS: dict[str, type[Section]] = {
+    "": Recipe,
+    "model": Parts,
+    "data": Data,
+    "hardware": Hardware,
+    "memory": Memory,
+    "stages": Stage,
+    "experts": Experts,
+}
+
+
+def data_of(recipe: Recipe, stage: Stage) -> Data:
+    """The stage's limits: its own where it sets them, else the recipe's."""
+    return recipe.data.model_copy(update={name: getattr(stage.data, name) for name in stage.data.model_fields_set})
+
+
+def memory_of(recipe: Recipe, stage: Stage) -> Memory:
+    """The stage's memory knobs: its own where it sets them, else the recipe's."""
+    return recipe.memory.model_copy(update={name: getattr(stage.memory, name) for name in stage.memory.model_fields_set})

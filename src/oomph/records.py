@@ -1,0 +1,223 @@
+"""The records that travel between the parts: frozen, JSON round-trip, one schema number.
+
+Bytes are ints. Shapes are in elements. A ``Choice`` is handed unchanged to the predictor and to the trainer, so the two
+cannot disagree about what was meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+SCHEMA = 1
+
+Phase = Literal["load", "forward", "recompute", "backward", "optimizer", "evaluate"]
+Role = Literal[
+    "weight", "gradient", "optimizer", "activation", "scores", "logits", "input", "temporary", "workspace", "communication"
+]
+Checkpointing = Literal["none", "blocks"]
+Attention = Literal["sdpa", "flash", "efficient", "eager", "eager-fp32"]
+Loss = Literal["full", "full-shifted", "chunked"]
+Precision = Literal["bfloat16", "float32"]
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
+Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3"]
+
+
+class Record:
+    """Mixin for frozen dataclasses: ``to_json`` and ``from_json`` are inverse to each other."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return _fields(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The record that ``to_json`` wrote.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value has another type than the field; the message names the place.
+        """
+        record: Self = _parse_record(cls, data, cls.__name__)
+        return record
+
+
+@dataclass(frozen=True)
+class Choice(Record):
+    """The memory knobs of one stage, each with one definite value. `effective_batch` counts samples over all GPUs."""
+
+    micro_batch: int
+    accumulation: int
+    effective_batch: int
+    gpus: int = 1
+    checkpointing: Checkpointing = "none"
+    attention: Attention = "sdpa"
+    loss: Loss = "full"
+    precision: Precision = "bfloat16"
+    optimizer: Optimizer = "adamw-fused"
+    sharding: Sharding = "none"
+    expandable_segments: bool = False
+    eval_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Request(Record):
+    """One request to the allocator, with what made it. `bytes` is what was asked for, before any rounding."""
+
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    module: str
+    phase: str
+    role: str
+
+
+@dataclass(frozen=True)
+class FailingRequest(Request):
+    """The request that cannot be served, and the bytes allocated at that moment."""
+
+    in_use_bytes: int
+    reserved_bytes: int
+
+
+@dataclass(frozen=True)
+class PhasePeak(Record):
+    """The peaks of one phase of the step."""
+
+    phase: str
+    allocated_peak_bytes: int
+    reserved_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint(Record):
+    """Allocated and reserved bytes over one training step. Simulated and measured footprints have this one type."""
+
+    allocated_peak_bytes: int
+    reserved_peak_bytes: int
+    phases: tuple[PhasePeak, ...]
+    by_role: dict[str, int] = field(default_factory=dict)
+    by_module: dict[str, int] = field(default_factory=dict)
+    peak_phase: str = ""
+    peak_module: str = ""
+
+
+@dataclass(frozen=True)
+class Prediction(Record):
+    """What one GPU of the stage needs, and whether the card has it.
+
+    `outside` names the parts of `outside_bytes`, which are not the allocator's. `by_role` and `by_module` are the blocks alive at the allocated peak; where the step fails, at the failing request.
+    `error_bound` is a fraction of `allocated_peak_bytes`; `leaves_out` says in words what is not counted.
+    """
+
+    fits: bool
+    allocated_peak_bytes: int
+    reserved_peak_bytes: int
+    outside_bytes: int
+    usable_bytes: int
+    phases: tuple[PhasePeak, ...]
+    by_role: dict[str, int]
+    by_module: dict[str, int]
+    failing_request: FailingRequest | None
+    largest_requests: tuple[Request, ...]
+    error_bound: float
+    leaves_out: tuple[str, ...]
+    outside: dict[str, int] = field(default_factory=dict)
+    evaluation: PhasePeak | None = None
+
+
+@dataclass(frozen=True)
+class StagePlan(Record):
+    """One stage of the recipe: what was chosen, with the reason of every derived value, and what it needs."""
+
+    name: str
+    choice: Choice
+    reasons: dict[str, str]
+    prediction: Prediction
+    trainable_parameters: int
+    total_parameters: int
+    samples_tokens: int
+    image_tokens: int
+    traced: str
+
+
+@dataclass(frozen=True)
+class Plan(Record):
+    """`oomph plan`'s answer, and its ``--json``."""
+
+    recipe: str
+    gpu: str
+    gpus: int
+    stages: tuple[StagePlan, ...]
+    versions: dict[str, str]
+    schema: int = SCHEMA
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            ValueError: as for every record, or the plan's schema number is not the one that this version reads.
+        """
+        if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError(f"Plan.schema: {data['schema']!r} comes from another version; this one reads {SCHEMA}")
+        return super().from_json(data)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits."""
+        return all(stage.prediction.fits for stage in self.stages)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _fields(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {f.name: _plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
+
+
+def _parse(kind: Any, data: Any, path: str) -> Any:
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _parse_record(kind, data, path)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return None if data is None else _parse(inner, data, path)
+    if origin is tuple and isinstance(data, list | tuple):
+        return tuple(_parse(args[0], item, f"{path}[{index}]") for index, item in enumerate(data))
+    if origin is dict and isinstance(data, dict):
+        return {key: _parse(args[1], item, f"{path}[{key!r}]") for key, item in data.items()}
+    if origin is Literal:
+        if data in args:
+            return data
+        raise ValueError(f"{path}: {data!r} is none of {', '.join(map(repr, args))}")
+    if kind is float and type(data) is int:
+        return float(data)
+    if type(data) is kind:
+        return data
+    raise ValueError(f"{path}: {data!r} is not of type {getattr(origin or kind, '__name__', kind)}")
+
+
+def _parse_record(kind: type[Any], data: Any, path: str) -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: {kind.__name__} is read from an object, not from {type(data).__name__}")
+    known = dataclasses.fields(kind)
+    unknown = set(data) - {f.name for f in known}
+    if unknown:
+        raise ValueError(f"{path}: {kind.__name__} has no field {', '.join(sorted(map(str, unknown)))}")
+    required = {f.name for f in known if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    missing = required - set(data)
+    if missing:
+        raise ValueError(f"{path}: {kind.__name__} lacks {', '.join(sorted(missing))}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in data.items()})
