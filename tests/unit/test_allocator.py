@@ -1,10 +1,11 @@
-"""The allocator against an oracle that works everything out anew, and against the sizes that PyTorch documents."""
+"""The allocator against an oracle that works everything out anew; the replay against requests made one by one."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -14,13 +15,20 @@ from oomph.core.allocator import (
     Allocator,
     AllocatorSettings,
     DriverAddresses,
+    Failure,
+    Moment,
     OutOfMemory,
+    Replay,
     Storages,
     Trail,
+    live_at,
+    replay,
     rounded,
     segment_bytes,
 )
-from oomph.units import GIB, KIB, MIB
+from oomph.core.events import Segment
+from oomph.records import PhasePeak
+from oomph.units import KIB, MIB
 
 Pool = tuple[int, bool]
 
@@ -259,3 +267,347 @@ def test_it_agrees_with_the_oracle_in_every_statistic(
     for operation in operations:
         pair.do(*operation)
         pair.check()
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(AllocatorSettings(expandable_segments=True), id="expandable"),
+        pytest.param(AllocatorSettings(max_split_size_bytes=22 * MIB), id="split limit"),
+        pytest.param(AllocatorSettings(roundup_power2_divisions=4), id="powers of two"),
+    ],
+)
+def test_it_agrees_with_the_oracle_when_memory_is_short(settings: AllocatorSettings, seed: int) -> None:
+    choose = random.Random(seed)
+    capacity = choose.choice([80, 100, 120]) * MIB
+    pair = Pair(Allocator(capacity, settings), Oracle(capacity, settings))
+    for _ in range(80):
+        # Whole MiB, so that sizes, limits and the capacity often meet exactly.
+        size = choose.choice([2 * KIB, MIB // 2, MIB, 2 * MIB, 9 * MIB, 10 * MIB, 19 * MIB, 22 * MIB, 24 * MIB, 42 * MIB])
+        kind = choose.choice(["malloc", "malloc", "free", "free", "free"])
+        pair.do(kind, choose.randrange(40) if kind == "free" else size, choose.choice([0, 0, 0, 7]))
+        pair.check()
+
+
+@given(OPERATIONS, SETTINGS, CAPACITIES)
+def test_blocks_never_overlap_and_no_byte_is_lost(
+    operations: list[tuple[str, int, int]], settings: AllocatorSettings, capacity: int | None
+) -> None:
+    pair = Pair(Allocator(capacity, settings), Oracle(capacity, settings))
+    allocator = pair.allocator
+    for operation in operations:
+        pair.do(*operation)
+        ranges = sorted([*allocator.blocks.items(), *allocator.free_blocks.items()])
+        assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(ranges))
+        assert sum(allocator.blocks.values()) == allocator.allocated
+        assert sum(size for _, size in ranges) == allocator.reserved
+        assert allocator.requested <= allocator.allocated <= allocator.reserved
+        assert capacity is None or allocator.peak_reserved <= capacity
+
+
+@given(OPERATIONS, SETTINGS)
+def test_when_all_is_freed_the_cache_is_whole_and_can_be_emptied(
+    operations: list[tuple[str, int, int]], settings: AllocatorSettings
+) -> None:
+    pair = Pair(Allocator(None, settings), Oracle(None, settings))
+    allocator = pair.allocator
+    for operation in operations:
+        pair.do(*operation)
+    for address, _ in pair.live:
+        allocator.free(address)
+    assert (allocator.allocated, allocator.requested, allocator.blocks) == (0, 0, {})
+    if not settings.expandable_segments:
+        assert allocator.free_blocks == allocator.segments
+    assert sum(allocator.free_blocks.values()) == allocator.reserved
+    allocator.empty_cache()
+    assert (allocator.reserved, allocator.num_segments, allocator.free_blocks) == (0, 0, {})
+
+
+@given(OPERATIONS, st.sampled_from([50 * MIB, 64 * MIB, 101 * MIB]))
+def test_out_of_memory_is_raised_only_where_nothing_fits(operations: list[tuple[str, int, int]], capacity: int) -> None:
+    allocator = Allocator(capacity)
+    live: list[int] = []
+    for kind, value, _ in operations:
+        if kind == "free" and live:
+            allocator.free(live.pop(value % len(live)))
+        elif kind == "malloc":
+            size = rounded(value)
+            try:
+                live.append(allocator.malloc(value))
+            except OutOfMemory:
+                assert allocator.reserved + segment_bytes(size) > capacity
+                for start, nbytes in allocator.segments.items():
+                    assert any(start <= address < start + nbytes for address in allocator.blocks), "a free segment is left"
+                    if (nbytes == 2 * MIB) == (size <= MIB):
+                        free = [n for address, n in allocator.free_blocks.items() if start <= address < start + nbytes]
+                        assert max(free, default=0) < size
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "block", "segment"),
+    [
+        (1, 512, 2 * MIB),
+        (513, 1024, 2 * MIB),
+        (MIB, MIB, 2 * MIB),
+        (MIB + 1, MIB + 512, 20 * MIB),
+        (10 * MIB - 512, 10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB, 10 * MIB),
+        (21 * MIB - 1, 21 * MIB, 22 * MIB),
+    ],
+)
+def test_blocks_are_rounded_and_segments_sized_as_pytorch_documents(nbytes: int, block: int, segment: int) -> None:
+    allocator = Allocator()
+    allocator.malloc(nbytes)
+    rest = segment - block
+    assert rounded(nbytes) == block
+    assert segment_bytes(block) == allocator.reserved == segment
+    # What remains of a large block is cut off only if it is more than 1 MiB, and counts as allocated otherwise.
+    assert allocator.allocated == (block if block <= MIB or rest > MIB else segment)
+
+
+def test_requests_are_rounded_to_a_division_of_a_power_of_two() -> None:
+    # The example of PyTorch's documentation, in KiB: four divisions make 1024, 1280, 1536 and 1792 of 1024 to 2048.
+    assert [rounded(n * KIB, 4) for n in (1024, 1025, 1200, 1280, 1793)] == [n * KIB for n in (1024, 1280, 1280, 1280, 2048)]
+    assert rounded(2048, 4) == 2048
+    assert rounded(1200 * KIB + 1, 1) == rounded(1200 * KIB + 1) == 1200 * KIB + 512
+
+
+def test_settings_that_pytorch_refuses_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_split_size_bytes"):
+        AllocatorSettings(max_split_size_bytes=20 * MIB - 1)
+    with pytest.raises(ValueError, match="roundup_power2_divisions"):
+        AllocatorSettings(roundup_power2_divisions=3)
+
+
+def test_small_segments_take_ascending_addresses_and_large_ones_descending() -> None:
+    addresses = DriverAddresses()
+    small = [addresses(nbytes) for nbytes in (2 * MIB, 20 * MIB, 14 * MIB)]
+    large = [addresses(nbytes) for nbytes in (22 * MIB, 100 * MIB)]
+    assert small == sorted(small)
+    assert large == sorted(large, reverse=True)
+    assert max(large) < min(small)
+
+
+def test_a_cached_block_serves_its_own_stream_only() -> None:
+    allocator = Allocator()
+    first = allocator.malloc(MIB, stream=0)
+    allocator.free(first)
+    assert allocator.malloc(MIB, stream=1) != first
+    assert allocator.malloc(MIB, stream=0) == first
+    assert allocator.num_segments == 2
+
+
+def test_the_peaks_start_anew_when_they_are_reset() -> None:
+    allocator = Allocator()
+    large = allocator.malloc(30 * MIB)
+    allocator.malloc(MIB)
+    allocator.free(large)
+    allocator.empty_cache()
+    assert (allocator.peak_allocated, allocator.peak_reserved) == (31 * MIB, 32 * MIB)
+    allocator.reset_peaks()
+    assert (allocator.peak_allocated, allocator.peak_reserved) == (MIB, 2 * MIB)
+
+
+def test_misuse_is_refused() -> None:
+    allocator = Allocator()
+    with pytest.raises(KeyError):
+        allocator.free(12345)
+    allocator.free(0)
+    with pytest.raises(KeyError):
+        replay([512], [Segment("s", [0, ~0, ~0])], allocator)
+    with pytest.raises(ValueError, match="alive"):
+        replay([512], [Segment("s", [0, 0])], Allocator())
+
+
+@st.composite
+def timelines(draw: st.DrawFn) -> tuple[list[int], list[Segment]]:
+    """Sizes, and segments that hold some storages throughout, replace some, and allocate and free others."""
+    count = draw(st.integers(2, 12))
+    sizes = draw(st.lists(SIZES, min_size=count, max_size=count))
+    held = range(draw(st.integers(0, count)))
+    segments = [Segment("load", list(held), repeat=1)]
+    for name in draw(st.lists(st.sampled_from("abc"), max_size=3)):
+        timeline: list[int] = []
+        live = set(held)
+        for storage in draw(st.lists(st.integers(0, count - 1), max_size=25)):
+            timeline.append(~storage if storage in live else storage)
+            live ^= {storage}
+        timeline += [storage if storage in held else ~storage for storage in sorted(live ^ set(held))]
+        positions = draw(st.lists(st.integers(0, len(timeline)), max_size=3))
+        marks = tuple((position, draw(st.sampled_from(["forward", "backward", "load"]))) for position in sorted(positions))
+        segments.append(Segment(name, timeline, marks, repeat=draw(st.integers(1, 5))))
+    return sizes, segments
+
+
+def unrolled(segments: Sequence[Segment]) -> tuple[list[Segment], list[tuple[int, int]]]:
+    """Every repetition as a segment, and (segment, repetition) of each."""
+    origins = [(index, k) for index, segment in enumerate(segments) for k in range(segment.repeat)]
+    return [replace(segments[index], repeat=1) for index, _ in origins], origins
+
+
+def one_by_one(sizes: list[int], segments: Sequence[Segment], allocator: Allocator, stop: bool) -> Replay:
+    """The replay, by `malloc` and `free`, with the peaks reset around every event."""
+    addresses: dict[int, int] = {}
+    peaks: dict[str, list[int]] = {}
+    phase, peak, reserved_peak = "load", 0, 0
+    peak_at, failure, at_peak, at_failure = None, None, {}, {}
+    expanded, origins = unrolled(segments)
+
+    def note() -> None:
+        kept = peaks.setdefault(phase, [0, 0])
+        kept[:] = max(kept[0], allocator.peak_allocated), max(kept[1], allocator.peak_reserved)
+
+    def blocks() -> dict[int, int]:
+        return {storage: allocator.blocks[address] for storage, address in addresses.items() if address}
+
+    for segment, (index, repetition) in zip(expanded, origins, strict=True):
+        for position in range(len(segment.timeline) + 1):
+            for mark, name in segment.marks:
+                if mark == position:
+                    phase = name
+                    allocator.reset_peaks()
+                    note()
+            if position == len(segment.timeline):
+                break
+            event = segment.timeline[position]
+            allocator.reset_peaks()
+            if event < 0:
+                allocator.free(addresses.pop(~event))
+            else:
+                try:
+                    addresses[event] = allocator.malloc(sizes[event])
+                except OutOfMemory as error:
+                    failure = Failure(index, repetition, position, event, error.allocated, error.reserved)
+                    at_failure = blocks()
+                    if stop:
+                        note()
+                        break
+                    allocator.capacity_bytes = None
+                    addresses[event] = allocator.malloc(sizes[event])
+            note()
+            if allocator.allocated > peak:
+                peak, peak_at, at_peak = allocator.allocated, Moment(index, position), blocks()
+        if failure and stop:
+            break
+    phases = tuple(PhasePeak(name, *values) for name, values in peaks.items())
+    reserved_peak = max((values[1] for values in peaks.values()), default=0)
+    kept = at_failure if failure else at_peak
+    return Replay(peak, reserved_peak, peak_at, failure, phases, kept, allocator.allocated, allocator.reserved, ())
+
+
+@given(timelines(), SETTINGS, CAPACITIES, st.booleans())
+def test_the_replay_agrees_with_requests_made_one_by_one(
+    timeline: tuple[list[int], list[Segment]], settings: AllocatorSettings, capacity: int | None, stop: bool
+) -> None:
+    sizes, segments = timeline
+    result = replay(sizes, segments, Allocator(capacity, settings), stop_on_failure=stop)
+    assert result == one_by_one(sizes, segments, Allocator(capacity, settings), stop)
+
+
+@given(timelines(), SETTINGS, CAPACITIES)
+def test_leaving_out_equal_repetitions_changes_nothing(
+    timeline: tuple[list[int], list[Segment]], settings: AllocatorSettings, capacity: int | None
+) -> None:
+    sizes, segments = timeline
+    expanded, origins = unrolled(segments)
+    allocators = Allocator(capacity, settings), Allocator(capacity, settings)
+    stopping, complete = replay(sizes, segments, allocators[0]), replay(sizes, expanded, allocators[1])
+    at, failure = complete.peak_at, complete.failure
+    if at is not None:
+        at = at._replace(segment=origins[at.segment][0])
+    if failure is not None:
+        index, repetition = origins[failure.segment]
+        failure = failure._replace(segment=index, repetition=repetition)
+    assert stopping == replace(complete, peak_at=at, failure=failure)
+    assert allocators[0].state() == allocators[1].state()
+    assert allocators[0].free_blocks == allocators[1].free_blocks
+
+
+@given(timelines(), SETTINGS, CAPACITIES)
+def test_the_blocks_at_the_peak_or_the_failure_add_up(
+    timeline: tuple[list[int], list[Segment]], settings: AllocatorSettings, capacity: int | None
+) -> None:
+    sizes, segments = timeline
+    result = replay(sizes, segments, Allocator(capacity, settings))
+    if result.failure:
+        moment, total = Moment(result.failure.segment, result.failure.position - 1), result.failure.allocated
+    else:
+        moment, total = result.peak_at or Moment(0, -1), result.peak_allocated
+    assert sum(result.block_sizes.values()) == total
+    alive = live_at(segments, *moment)
+    assert set(result.block_sizes) == {storage for storage in alive if sizes[storage]}
+    assert all(size >= sizes[storage] for storage, size in result.block_sizes.items())
+    assert max((peak.allocated_peak_bytes for peak in result.phases), default=0) == result.peak_allocated
+    assert max((peak.reserved_peak_bytes for peak in result.phases), default=0) == result.peak_reserved
+
+
+class Counting(Allocator):
+    """Counts its runs."""
+
+    runs = 0
+
+    def run(self, timeline: Iterable[int], storages: Storages, trail: Trail, stream: int = 0) -> None:
+        self.runs += 1
+        super().run(timeline, storages, trail, stream)
+
+
+def test_repetitions_stop_at_the_first_that_changes_nothing() -> None:
+    allocator = Counting()
+    replay([3 * MIB, 5 * MIB], [Segment("step", [0, 1, ~0, ~1], repeat=1000)], allocator)
+    # The first makes the segment, the second finds and leaves it.
+    assert allocator.runs == 2
+
+
+def test_repetitions_go_on_while_the_phase_at_their_start_changes() -> None:
+    segments = [Segment("fill", [0, ~0]), Segment("s", [0, ~0, 1, ~1], marks=((2, "backward"),), repeat=4)]
+    result = replay([3 * MIB, 2 * MIB], segments, Allocator())
+    # From the second repetition on, the first two events belong to the phase in which the one before it ended.
+    assert [(peak.phase, peak.allocated_peak_bytes) for peak in result.phases] == [("load", 3 * MIB), ("backward", 3 * MIB)]
+
+
+def test_repetitions_go_on_while_storages_change_places() -> None:
+    # Storages 0 and 1 change their blocks in every repetition; the set of the blocks in use stays the same.
+    sizes, load, end = [30 * MIB] * 4, Segment("load", [0, 1, 2, ~2]), Segment("end", [~0])
+    left = {}
+    for repeat in (0, 1, 2):
+        allocator = Allocator()
+        replay(sizes, [load, Segment("swap", [2, ~1, 3, ~0, 1, ~3, 0, ~2], repeat=repeat), end], allocator)
+        left[repeat] = allocator.blocks
+    assert left[0] == left[2] != left[1]
+
+
+@pytest.mark.parametrize("settings", [AllocatorSettings(), AllocatorSettings(expandable_segments=True)])
+def test_the_state_is_another_once_memory_was_taken_from_the_driver(settings: AllocatorSettings) -> None:
+    allocator = Allocator(settings=settings)
+    allocator.free(allocator.malloc(MIB))
+    filled = allocator.state()
+    allocator.free(allocator.malloc(MIB))
+    assert allocator.state() == filled
+    allocator.empty_cache()
+    emptied = allocator.state()
+    assert emptied != filled
+    allocator.free(allocator.malloc(MIB))
+    allocator.empty_cache()
+    # The next segment's address may depend on how many there have been; that of an expandable range does not.
+    assert (allocator.state() == emptied) == settings.expandable_segments
+
+
+def test_a_failure_can_be_passed_to_see_what_would_have_been_needed() -> None:
+    sizes, segments = [30 * MIB, 40 * MIB, 50 * MIB], [Segment("s", [0, 1, 2, ~0, ~1, ~2])]
+    stopped = replay(sizes, segments, Allocator(64 * MIB))
+    assert stopped.failure == Failure(0, 0, 1, 1, allocated=30 * MIB, reserved=30 * MIB)
+    assert (stopped.peak_allocated, stopped.block_sizes) == (30 * MIB, {0: 30 * MIB})
+    passed = replay(sizes, segments, Allocator(64 * MIB), stop_on_failure=False)
+    assert passed.failure == stopped.failure
+    assert (passed.peak_allocated, passed.peak_at, passed.allocated) == (120 * MIB, Moment(0, 2), 0)
+
+
+def test_the_series_keeps_the_maxima() -> None:
+    sizes, segments = [30 * MIB, 40 * MIB], [Segment("s", [0, ~0, 1, ~1, 0, ~0], repeat=2)]
+    full = replay(sizes, segments, Allocator(), points=100).series
+    assert [allocated // MIB for allocated, _ in full] == [30, 0, 40, 0, 30, 0] * 2
+    assert [reserved // MIB for _, reserved in full] == [30, 30, 70, 70, 70, 70] + [70] * 6
+    coarse = replay(sizes, segments, Allocator(), points=5).series
+    assert [tuple(max(pair) for pair in zip(*full[k : k + 3], strict=True)) for k in range(0, 12, 3)] == list(coarse)
+    assert replay(sizes, segments, Allocator()).series == ()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from oomph.core.events import Events, Kind, Segment
 from oomph.core.sharding import DdpSettings, Parameter, ZeroSettings, shard, static_bytes
+from oomph.core.zero3 import visits
 from oomph.errors import UserError
 from oomph.records import Choice
 
@@ -40,8 +41,8 @@ def model(layers=3, frozen=1, dtype="bfloat16"):
 class Toy:
     """A step made by hand: one activation per module in the forward, gradients of input, weight, bias in the backward."""
 
-    def __init__(self, parameters, accumulation=1, checkpointing=False, optimizer="adamw-foreach"):
-        self.events, self.parameters, self.optimizer = Events(), parameters, optimizer
+    def __init__(self, parameters, accumulation=1, checkpointing=False, inputs_need_gradient=True):
+        self.events, self.parameters, self.inputs_need_gradient = Events(), parameters, inputs_need_gradient
         self.modules = list(dict.fromkeys(parameter.module for parameter in parameters))
         self.checkpointing = checkpointing
         load = [self.new(p.nbytes, p.module, "load", "weight", n, "load") for n, p in enumerate(parameters)]
@@ -84,16 +85,18 @@ class Toy:
             if self.checkpointing:
                 timeline.append(~saved.pop(module))
         marks.append((len(timeline), "backward"))
-        upstream = self.new(64, "", "backward", "temporary")
-        timeline.append(upstream)
+        upstream = [self.new(64, "", "backward", "temporary")]
+        timeline += upstream
         for module in reversed(self.modules):
             if self.checkpointing:
                 saved[module] = self.new(64, module, "recompute", "activation")
                 timeline.append(saved[module])
-            below = self.new(64, module, "backward", "temporary")
-            timeline += [below, *self.gradients(module, first), ~upstream, ~saved.pop(module)]
+            below = []
+            if self.inputs_need_gradient or module != self.modules[0]:
+                below = [self.new(64, module, "backward", "temporary")]
+            timeline += [*below, *self.gradients(module, first), *(~storage for storage in upstream), ~saved.pop(module)]
             upstream = below
-        self.segment(name, [*timeline, ~upstream, ~batch], marks, repeat)
+        self.segment(name, [*timeline, *(~storage for storage in upstream), ~batch], marks, repeat)
 
     def gradients(self, module, first):
         entries = []
@@ -170,7 +173,7 @@ def check_consistent(source, sharded):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw-fused", "adamw-foreach", "adamw-loop"])
 def test_storages_are_conserved_and_a_step_repeats(sharding, accumulation, checkpointing, optimizer):
-    toy = Toy(model(), accumulation, checkpointing)
+    toy = Toy(model(), accumulation, checkpointing, inputs_need_gradient=optimizer != "adamw-loop")
     before = copy.deepcopy(toy.events)
     out = shard(toy.events, toy.parameters, choice(sharding, 4, accumulation, optimizer), settings_of(sharding))
     assert toy.events == before
@@ -373,7 +376,7 @@ def test_zero3_has_weights_gathered_wherever_their_module_computes(reuse, prefet
                 assert there >= needed[kind.module]
                 seen.add((kind.module, kind.phase))
             walk.entry(entry)
-        if segment.name != "load":
+        if segment.name not in ("load", "warmup/first"):
             padded = sum(-(-p.numel // 4) * 4 * 2 for p in toy.parameters if p.numel <= 8)
             assert walk.bytes_of("zero.gathered_parameter") == padded
             assert walk.bytes_of("zero.all_gather") == 0
@@ -396,8 +399,8 @@ def test_zero3_reuse_distance_prefetch_and_live_limit():
     toy = Toy([Parameter(f"m{n}.weight", (16, 10), "bfloat16", True) for n in range(8)])
     one = 2 * 160
     assert gathered_peak(toy, prefetch_elements=0, max_reuse_elements=0) == one
-    # One ahead. At the turn the queue skips the last module, which is there, so that two are under way beside it.
-    assert gathered_peak(toy, prefetch_elements=1, max_reuse_elements=0) == 3 * one
+    # One ahead at every call, the model's own included. At the turn the queue skips the last module, which is there.
+    assert gathered_peak(toy, prefetch_elements=1, max_reuse_elements=0) == 4 * one
     # Two parameters ahead: their flat tensor and both copies while the first of them waits for the second.
     assert gathered_peak(toy, prefetch_elements=161, max_reuse_elements=0) > 3 * one
     assert gathered_peak(toy, prefetch_elements=161, max_reuse_elements=0, max_live_elements=0) == one
@@ -405,6 +408,29 @@ def test_zero3_reuse_distance_prefetch_and_live_limit():
     assert gathered_peak(toy, prefetch_elements=0, max_reuse_elements=160 * 6) == 3 * one
     assert gathered_peak(toy, prefetch_elements=0, max_reuse_elements=160 * 6 + 1) == 4 * one
     assert gathered_peak(toy, prefetch_elements=0, max_reuse_elements=10**9) == 8 * one
+
+
+def test_zero3_releases_a_module_without_input_gradients_only_at_its_next_use_or_the_step():
+    toy = Toy(model(2, 0), 2, inputs_need_gradient=False)
+    out = shard(
+        toy.events, toy.parameters, choice("zero3", 4, 2), settings_of("zero3", prefetch_elements=0, max_reuse_elements=0)
+    )
+    check_consistent(toy.events, out)
+    walk, embed = Walk(out), 2 * 40 * H
+    persistent = sum(-(-p.numel // 4) * 4 * 2 for p in toy.parameters if p.numel <= 8)
+    expected = {"load": 0, "warmup/first": embed, "warmup/optimizer": persistent, "step/optimizer": persistent}
+    for segment in out.segments:
+        held = walk.run(segment.name).bytes_of("zero.gathered_parameter")
+        assert held == expected.get(segment.name, persistent + embed), segment.name
+
+
+def test_zero3_prefetches_at_calls_of_modules_without_parameters():
+    names = [f"model.layers.{n}.mlp.fc.weight" for n in range(6)]
+    toy = Toy([Parameter(name, (16, 10), "bfloat16", True) for name in names])
+    found = visits(toy.events, toy.events.segments[1].timeline, {name.rpartition(".")[0]: (0,) for name in names})
+    forward = [bool(visit.members) for visit in found if visit.phase == "forward"]
+    # The root and the model, then a layer, its MLP and the linear layer each time; the list of layers is never called.
+    assert forward == [False, False] + [False, False, True] * 6
 
 
 def test_zero3_gathers_in_an_evaluation_too():

@@ -1,0 +1,1 @@
+"""The arithmetic: records in, records out; numpy at most, never torch."""

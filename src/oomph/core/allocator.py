@@ -87,11 +87,9 @@ class Storages:
 
 
 class State(NamedTuple):
-    """A copy of what an allocator holds: see `Allocator.state`."""
+    """A copy of what an allocator holds; its free blocks follow from it. See `Allocator.state`."""
 
-    capacity_bytes: int | None
     blocks: dict[int, int]
-    free: dict[int, int]
     segments: dict[int, int]
     segments_made: int
     unmapped: list[dict[int, int]]
@@ -115,7 +113,8 @@ class Allocator(Reserve):
         super().__init__(capacity_bytes, settings, address_policy)
         self.allocated = self.requested = self.peak_allocated = 0
         expandable = settings.expandable_segments
-        self._plain = not expandable and self._max_split == UNLIMITED
+        self._unlimited = self._max_split == UNLIMITED
+        self._plain = self._unlimited and not expandable
         self._split_limit = UNLIMITED if expandable else self._max_split
         self._large_rest = MIN_BLOCK if expandable else SMALL_REQUEST + 1
         self._live: dict[int, int] = {}
@@ -128,8 +127,7 @@ class Allocator(Reserve):
 
     def state(self) -> State:
         """All that decides what requests do: if a repetition of events leaves it as it was, so will the next."""
-        unmapped = [dict(pool.unmapped) for pool in self._pools.values()]
-        return State(self.capacity_bytes, self.blocks, dict(self._starts), self.segments, self._segments_made, unmapped)
+        return State(self.blocks, self.segments, self._segments_made, [dict(pool.unmapped) for pool in self._pools.values()])
 
     def reset_peaks(self) -> None:
         """``torch.cuda.reset_peak_memory_stats``."""
@@ -195,8 +193,8 @@ class Allocator(Reserve):
         Raises:
             OutOfMemory: in the event whose position is ``len(trail.allocated)``. It changed nothing but the cache, and
                 the run can go on from there.
-            KeyError: an event freed a storage that was not alive.
-            ValueError: an event allocated a storage that was alive.
+            KeyError: an event freed a storage that was not alive. The allocator is of no more use then.
+            ValueError: an event allocated a storage that was alive. Likewise.
         """
         self._trail = trail
         requested, untracked = storages.requested(), len(self._live) - storages.num_blocks()
@@ -212,7 +210,7 @@ class Allocator(Reserve):
         """The inner loop: ``malloc``, ``get_free_block``, ``should_split``, ``alloc_found_block`` and ``free_block``."""
         small_blocks, large_blocks, sizes, placed = small.addresses, large.addresses, storages.rounded, storages.placed
         starts, ends, live, segments = self._starts, self._ends, self._live, self._segments
-        plain, split_limit, large_rest = self._plain, self._split_limit, self._large_rest
+        plain, unlimited, split_limit, large_rest = self._plain, self._unlimited, self._split_limit, self._large_rest
         allocated, record = self.allocated, trail.allocated.append
         for event in timeline:
             if event >= 0:
@@ -225,15 +223,15 @@ class Allocator(Reserve):
                     placed[event] = 0
                     record(allocated)
                     continue
-                if plain and (block := size if addresses.get(size) else pool.size_of_fit(size)):
+                block = size if addresses.get(size) else pool.size_of_fit(size)
+                if block and (plain or (unlimited and pool.is_best(block))):
                     address = addresses[block].pop(0)
                 else:
                     self.allocated = allocated
                     address = self._find(pool, size, storages.sizes[event])
                     block = starts[address]
                 del starts[address]
-                rest = block - size
-                if rest >= least_rest and size < split_limit:
+                if (rest := block - size) >= least_rest and size < split_limit:
                     cut = address + size
                     starts[cut] = ends[address + block] = rest
                     if rest in addresses:
@@ -432,21 +430,22 @@ class _Record:
             self._before_peak = _block_sizes(placed, blocks), list(segment.timeline[:position]), levels
         if self._points:
             self._add_series(levels, trail.reserved)
-        self._add_phases(segment.marks, levels, trail.reserved)
+        self._add_phases(segment, levels, trail.reserved)
         self._allocated = levels[-1]
 
-    def _add_phases(self, marks: tuple[tuple[int, str], ...], levels: list[int], changes: list[tuple[int, int]]) -> None:
-        events = len(levels) - 1
-        reached = sorted((mark for mark in marks if mark[0] <= events), key=itemgetter(0))
-        for (start, phase), (end, _) in pairwise([(0, self.phase), *reached, (events + 1, "")]):
+    def _add_phases(self, segment: Segment, levels: list[int], changes: list[tuple[int, int]]) -> None:
+        ran = len(levels) - 1
+        end_of_all = min(ran + 1, len(segment.timeline)), ""
+        marks = sorted((mark for mark in segment.marks if mark[0] <= ran), key=itemgetter(0))
+        first_mark, _ = [*marks, end_of_all][0]
+        before = [(0, self.phase)] if first_mark else []
+        for (start, phase), (end, _) in pairwise([*before, *marks, end_of_all]):
             first, last = (bisect_left(changes, position, key=itemgetter(0)) for position in (start, end))
-            reserved = [self._reserved, *(nbytes for _, nbytes in changes[first:last])]
-            self._reserved = reserved[-1]
-            self._peak_reserved = max(self._peak_reserved, max(reserved))
-            if phase != self.phase or start < end:
-                allocated_peak, reserved_peak = self._phases.get(phase, (0, 0))
-                self._phases[phase] = max(allocated_peak, max(levels[start : end + 1])), max(reserved_peak, max(reserved))
-            self.phase = phase
+            reserved = [self._reserved, *map(itemgetter(1), changes[first:last])]
+            allocated_peak, reserved_peak = self._phases.get(phase, (0, 0))
+            self._phases[phase] = max(allocated_peak, max(levels[start : end + 1])), max(reserved_peak, *reserved)
+            self._peak_reserved = max(self._peak_reserved, *reserved)
+            self._reserved, self.phase = reserved[-1], phase
 
     def _add_series(self, levels: list[int], changes: list[tuple[int, int]]) -> None:
         reserved, changed = self._reserved, dict(changes)

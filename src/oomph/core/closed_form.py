@@ -29,24 +29,35 @@ class NotClosed(Exception):
 
 
 class Family(NamedTuple):
-    """Shapes that run the same operators: one sample is a case of its own, and so are no image and one image."""
+    """Shapes that run the same operators.
+
+    One sample is a case of its own, and so are no image and one image. Where the model's code loops over images, `images`
+    is their exact number, and negative; else 2 stands for any larger number.
+    """
 
     one_sample: bool
     images: int
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> Family:
+    def of(cls, shape: Sequence[int], loops_over_images: bool = False) -> Family:
         """The family of (samples, tokens, images)."""
-        return cls(shape[0] == 1, min(shape[2], 2))
+        images = -shape[2] if loops_over_images and shape[2] > 1 else min(shape[2], 2)
+        return cls(shape[0] == 1, images)
 
-    def examples(self) -> list[tuple[int, int, int]]:
-        """Shapes to trace: two to make the formulas from and one to check them on."""
+    def examples(self, image_tokens: int = 0) -> list[tuple[int, int, int]]:
+        """Shapes to trace: two to make the formulas from and one to check them on, with room for their images' tokens.
+
+        The tokens of the first two are one above a multiple of 128, so that every rounding up gives another value.
+        """
         samples = (1, 1, 1) if self.one_sample else (2, 3, 5)
-        images = (2, 3, 1 if not self.one_sample else 4)
-        tokens = (641, 1153, 2621)  # the first two are one above a multiple of 128: every rounding up gives another value
-        if self.images < 2:
-            return [(b, s, self.images) for b, s in zip(samples, tokens, strict=True)]
-        return [(b, s, b * n) for b, s, n in zip(samples, tokens, images, strict=True)]
+        per_sample = (2, 3, 4) if self.one_sample else (2, 3, 1)
+        images = [abs(self.images) if self.images < 2 else b * n for b, n in zip(samples, per_sample, strict=True)]
+        rows = zip(samples, (2049, 3201, 2621), images, strict=True)
+        return [(b, s + _up(-(-n // b) * image_tokens, 128), n) for b, s, n in rows]
+
+
+LEAST_ROWS = LOSS_CHUNKS * LOSS_CHUNKS
+"""With fewer tokens in a micro-batch, the loss has fewer chunks than `LOSS_CHUNKS`, and no form is made."""
 
 
 def _up(value: int, multiple: int) -> int:

@@ -175,6 +175,12 @@ class Edit:
         self._dropped.update(found)
         return found[0] if found else self.end
 
+    def drop_frees(self, storages: Container[int]) -> int:
+        """Removes the entries that free these storages; returns the position of the first one, `end` where none is."""
+        found = [at for at, entry in enumerate(self.timeline) if entry < 0 and ~entry in storages]
+        self._dropped.update(found)
+        return found[0] if found else self.end
+
     def phase_start(self, phases: Container[str], otherwise: int) -> int:
         """The position of the first mark with one of the phases."""
         return min((at for at, phase in self._segment.marks if phase in phases), default=otherwise)

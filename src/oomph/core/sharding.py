@@ -7,13 +7,14 @@ there where gradients accumulate, other segments (``evaluate``) are forward pass
 DDP is that of torch 2.13 (``torch/nn/parallel/distributed.py``, ``torch/csrc/distributed/c10d/reducer.cpp``), with
 ``no_sync`` around all micro-batches but the last:
 
-* The constructor allocates the buckets, one for each dtype; with ``find_unused_parameters`` at their final sizes.
+* The constructor broadcasts the parameters through flat copies of 250 MiB, two at a time, then allocates the buckets, one
+  for each dtype; with ``find_unused_parameters`` at their final sizes.
 * The forward after the first reduction frees them and allocates buckets in the order in which gradients came, the first
   closed at 1 MiB and others at 25 MiB. That is put at the end of the warm-up step, so that a step can be repeated.
 * Gradients are copied into the buckets and back, so buckets are a second copy of the gradients. With
   ``gradient_as_bucket_view`` a gradient is freed when its hook has copied it into its bucket in the last micro-batch.
 
-Left out of DDP: the flat copies in which parameters and buffers are broadcast, the map of unused parameters.
+Left out of DDP: the flat copies in which the model's buffers are broadcast, the map of unused parameters.
 ZeRO is in ``oomph.core.zero`` (stages 1 and 2) and ``oomph.core.zero3``, which say what they model and approximate.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 from oomph.core.events import Events, Segment
 from oomph.core.ranks import (
@@ -40,6 +42,9 @@ from oomph.core.zero import shard_zero, zero_static
 from oomph.core.zero3 import shard_zero3, zero3_static
 from oomph.errors import UserError
 from oomph.records import Choice
+from oomph.units import MIB
+
+_BROADCAST_BYTES: Final = 250 * MIB
 
 __all__ = ["DdpSettings", "Parameter", "ZeroSettings", "ddp_buckets", "hidden_size", "shard", "static_bytes"]
 
@@ -177,7 +182,7 @@ class _Ddp:
             edit = Edit(segment)
             kind = part(segment)
             if kind == "load":
-                edit.insert(edit.end, initial)
+                edit.insert(edit.end, [*self._broadcast(), *initial])
             if segment.name == "warmup/optimizer" and not self._settings.find_unused_parameters:
                 edit.insert(edit.end, [*(~bucket for bucket in initial), *rebuilt])
             if self._settings.gradient_as_bucket_view and kind in ("first", "next", "optimizer"):
@@ -186,6 +191,22 @@ class _Ddp:
             else:
                 self._out.segments.append(edit.result())
         return self._out
+
+    def _broadcast(self) -> list[int]:
+        """``broadcast_coalesced`` in c10d/comm.cpp: a flat copy of each bucket of several parameters, two at a time."""
+        everything = range(len(self._parameters))
+        buckets = sorted(ddp_buckets(self._parameters, everything, [_BROADCAST_BYTES]), key=min)
+        entries: list[int] = []
+        flying: list[list[int]] = []
+        for number, bucket in enumerate(buckets):
+            if len(flying) == 2:
+                entries += [~flat for flat in flying.pop(0)]
+            elements = sum(self._parameters[index].numel for index in bucket)
+            dtype = self._parameters[bucket[0]].dtype
+            flat = self._make.get("ddp.broadcast", elements, dtype, "communication", "load", key=number)
+            flying.append([flat] if len(bucket) > 1 else [])
+            entries += flying[-1]
+        return entries + [~flat for flats in flying for flat in flats]
 
     def _initial(self) -> list[int]:
         trained = [index for index, parameter in enumerate(self._parameters) if parameter.trainable]
@@ -222,10 +243,7 @@ class _Ddp:
         """Frees each gradient when it has been copied into its bucket, in the last micro-batch of the step."""
         kind = part(segment)
         if kind == "optimizer":
-            living = {storage for storages in self._gradients.values() for storage in storages}
-            for position, entry in enumerate(edit.timeline):
-                if entry < 0 and ~entry in living:
-                    edit.drop(position)
+            edit.drop_frees({storage for storages in self._gradients.values() for storage in storages})
             return [edit.result()]
         arrived = arrivals(self._source, edit.timeline, self._parameters)
         if kind == "first":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +35,11 @@ class Parameter(NamedTuple):
     dtype: str
     trainable: bool
     part: str
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
 
 
 class Storage(NamedTuple):

@@ -143,10 +143,7 @@ class _Zero:
             if kind == "load":
                 edit.insert(edit.end, self._load())
             if kind == "optimizer":
-                for position, entry in enumerate(edit.timeline):
-                    if entry < 0 and ~entry in self._living:
-                        edit.drop(position)
-                        own = min(own, position)
+                own = min(own, edit.drop_frees(self._living))
                 edit.insert(own, self._step(), opens=True)
             self._out.segments.append(edit.result())
         return self._out
@@ -290,5 +287,5 @@ class _Zero:
                 tensors, filled = 0, 0
             tensors, filled = tensors + 1, filled + numel
         entries += self._unused(True)
-        others = [index for index in self._gradients if index not in self._owned]
+        others = [index for index in self._order if index in self._gradients and index not in self._owned]
         return entries + [~storage for index in others for storage in self._gradients[index]]

@@ -6,20 +6,22 @@ Rules are those of DeepSpeed 0.9.5, ``deepspeed/runtime/zero``: ``stage3.py``, `
 * Each parameter, trained or frozen, is split into ranks equal pieces, the last one padded. The trained pieces move into
   one flat buffer; each sub-group of an optimizer group has fp32 master, moments and, at its step, an fp32 gradient.
 * The reduction bucket and the flat gradient partition exist from the start to the end of the run.
-* ``fetch_sub_module`` and ``release_sub_module`` run around every visit to a module that owns parameters. One parameter is
-  gathered in place; several are gathered into a flat tensor and copied out, and the flat tensor lives until the last of
-  them has been waited for. From the second micro-batch of a run on, the recorded order of visits drives prefetching (up to
-  the prefetch bucket, bounded by ``max_live_parameters``) and keeps what is used again within ``max_reuse_distance``.
+* ``fetch_sub_module`` and ``release_sub_module`` run around every visit to a module. One parameter is gathered in place;
+  several are gathered into a flat tensor and copied out, and the flat tensor lives until the last of them has been waited
+  for. From the second micro-batch of a run on, the recorded order of visits drives prefetching (up to the prefetch bucket
+  at each call, bounded by ``max_live_parameters``) and keeps what is used again within ``max_reuse_distance``. Small
+  parameters persist from then on; the step releases everything and gathers them again. A module whose inputs need no
+  gradient (the embedding) is not released after its backward.
 * A gradient is copied into the bucket by its hook, or kept if it does not fit; the reduction interleaves the bucket's
   gradients in a padded flat copy, except for a single one that the ranks divide evenly.
 * ``step``: the overflow check over the flat gradients, the norm's fp64 copies, the fp32 gradient of one sub-group at a
   time, AdamW's temporaries, and the gathering of the persistent parameters again.
 
 Approximated: a visit lasts from the first to the last allocation of the module in one stretch of a phase, since hooks
-are not in the timeline; a module that uses another module's parameter (tied embeddings) does not gather it; persistent
-parameters are there from the start; all others are released at the end of a micro-batch (DeepSpeed keeps those of
-modules whose inputs need no gradient, the embedding for one, until the step); streams and ``record_stream`` are not
-told apart.
+are not in the timeline, and modules that allocate nothing are not seen; a recomputed block is visited forward, then
+backward, as reentrant checkpointing does; a module that uses another module's parameter (tied embeddings) does not gather
+it; the weights are not unsharded while they are loaded, as under ``zero.Init``; ``memory_efficient_linear`` is taken to
+be on, without the inputs that it saves for frozen layers; streams and ``record_stream`` are not told apart.
 """
 
 from __future__ import annotations
@@ -93,36 +95,75 @@ def shard_zero3(events: Events, parameters: Sequence[Parameter], choice: Choice,
 
 
 class Visit(NamedTuple):
-    """One stretch of the timeline, [start, stop), in which a module uses its parameters."""
+    """One stretch of the timeline, [start, stop), in which a module uses its parameters.
+
+    `ends` is false for a backward that makes nothing but gradients of parameters: the hook that releases a module after
+    its backward hangs on its inputs, and does not run where they need no gradient.
+    """
 
     start: int
     stop: int
     members: tuple[int, ...]
     phase: str
+    ends: bool = True
 
 
 def visits(events: Events, timeline: Sequence[int], owners: dict[str, tuple[int, ...]]) -> list[Visit]:
-    """The visits to parameter-owning modules in the order of their starts: at most one for each stretch of a phase."""
+    """The calls of modules in the order of their starts.
+
+    A module that owns parameters has at most one visit in each stretch of a phase. Other modules appear as visits
+    without members wherever the timeline enters them, because their hooks prefetch too.
+    """
     found: list[Visit] = []
-    open_at: dict[str, list[int]] = {}
-    current = ""
+    open_at: dict[str, tuple[int, int, bool]] = {}
+    phase, inside = "", ""
+    known: set[str] = set()
 
     def close() -> None:
-        found.extend(Visit(start, last + 1, owners[module], current) for module, (start, last) in open_at.items())
+        for name, (start, last, more) in open_at.items():
+            found.append(Visit(start, last + 1, owners[name], phase, more or phase != "backward"))
         open_at.clear()
 
     for position, entry in enumerate(timeline):
         if entry < 0 or events.kinds[entry].phase not in _COMPUTING:
             continue
         kind = events.kinds[entry]
-        if kind.phase != current:
-            close()
-            current = kind.phase
+        if kind.role in ("input", "workspace"):
+            continue
         module = events.module(entry)
-        if module in owners and kind.role not in ("input", "workspace"):
-            open_at.setdefault(module, [position, position])[1] = position
+        if kind.phase != phase:
+            close()
+            # A block that is recomputed, or goes backward after that, is entered again; the modules around it are not.
+            rerun = kind.phase == "recompute" or phase == "recompute"
+            known = set(_path(module)[: _depth_of_block(module)]) if rerun else set()
+            phase, inside = kind.phase, "?"
+        if module != inside:
+            path = _path(module)
+            entered = [name for name in path if name not in known and name not in owners and not _is_list(name, module)]
+            found.extend(Visit(position, position, (), phase) for _ in entered)
+            inside, known = module, set(path)
+        if module in owners:
+            start, _, more = open_at.get(module, (position, position, False))
+            open_at[module] = (start, position, more or kind.role != "gradient")
     close()
     return sorted(found)
+
+
+def _path(module: str) -> list[str]:
+    """The module and those around it, the root first: ``["", "model", "model.norm"]``."""
+    names = module.split(".") if module else []
+    return [".".join(names[:depth]) for depth in range(len(names) + 1)]
+
+
+def _depth_of_block(module: str) -> int:
+    """How many modules lie around the first numbered one."""
+    names = module.split(".")
+    return next((depth + 1 for depth, name in enumerate(names) if name.isdigit()), 0)
+
+
+def _is_list(name: str, module: str) -> bool:
+    """Whether a module around another is a ``ModuleList``, which is never called: its child is a number."""
+    return module[len(name) + 1 if name else 0 :].partition(".")[0].isdigit() and name != module
 
 
 class _Gather:
@@ -136,25 +177,32 @@ class _Gather:
 class _Coordinator:
     """``PartitionedParameterCoordinator`` for one micro-batch; every method returns entries of the timeline."""
 
-    def __init__(self, zero: _Zero3, visited: Sequence[Visit], recorded: bool) -> None:
-        self._zero, self._visited, self._recorded = zero, visited, recorded
+    def __init__(
+        self,
+        zero: _Zero3,
+        visited: Sequence[Visit],
+        recorded: bool,
+        held: dict[int, int],
+        available: int,
+        decided: dict[tuple[int, int], set[int]],
+    ) -> None:
+        self._zero, self._visited, self._recorded, self._decided = zero, visited, recorded, decided
         self._order = [(index, step) for step, visit in enumerate(visited) for index in visit.members]
         self._uses: dict[int, list[int]] = {}
         for index, step in self._order:
             self._uses.setdefault(index, []).append(step)
         sizes = [sum(zero.parameters[index].numel for index in visit.members) for visit in visited]
         self._traversed = [0, *accumulate(sizes)]
-        self._next, self._fetched, self._available = 0, 0, 0
+        self._next, self._fetched, self._available = 0, 0, available
         self._fetched_for: dict[int, int] = {}
-        self._held: dict[int, int] = {}
+        self._held = dict(held)
         self._flying: dict[int, _Gather] = {}
         self._active: dict[int, int] = {}
 
     def fetch(self, step: int) -> list[int]:
         visit = self._visited[step]
-        needed = [index for index in visit.members if index not in self._zero.persistent]
-        entries = self._gather([index for index in needed if not self._there(index)], visit.phase)
-        for index in needed:
+        entries = self._gather([index for index in visit.members if not self._there(index)], visit.phase)
+        for index in visit.members:
             self._active[index] = self._active.get(index, 0) + 1
             if index in self._flying:
                 entries += self._wait(index, visit.phase)
@@ -164,20 +212,32 @@ class _Coordinator:
         return entries
 
     def release(self, step: int) -> list[int]:
+        visit = self._visited[step]
+        if not visit.ends:
+            return []
+        leaving = set(visit.members)
+        if self._recorded:
+            # The decision is cached for the run (``lru_cache``), whatever the later micro-batches have prefetched.
+            fresh = {index for index in visit.members if not self._stays(index)}
+            leaving = self._decided.setdefault((step, self._fetched), fresh)
         entries = []
-        for index in self._visited[step].members:
-            if index in self._zero.persistent:
-                continue
+        for index in visit.members:
             self._active[index] -= 1
-            if self._active[index] == 0 and index in self._held and not (self._recorded and self._used_soon(index)):
+            if index in leaving and not self._active[index] and index in self._held:
                 entries.append(~self._held.pop(index))
                 self._available -= self._zero.parameters[index].numel
         return entries
 
-    def drain(self) -> list[int]:
-        """Frees what is still gathered or under way."""
+    def drain(self) -> tuple[list[int], dict[int, int]]:
+        """Frees what was gathered for nobody; also what stays gathered: persistent and not yet released parameters."""
         flats = {gather.flat for gather in self._flying.values() if gather.flat is not None}
-        return [~storage for storage in [*self._held.values(), *sorted(flats)]]
+        staying = {
+            index: storage
+            for index, storage in self._held.items()
+            if self._active.get(index) or (self._recorded and index in self._zero.persistent)
+        }
+        leaving = [storage for index, storage in self._held.items() if index not in staying]
+        return [~storage for storage in [*leaving, *sorted(flats)]], staying
 
     def _there(self, index: int) -> bool:
         return index in self._held or index in self._flying
@@ -224,14 +284,14 @@ class _Coordinator:
             index, last = self._order[self._next]
             self._next += 1
             self._fetched_for[index] = max(self._fetched_for.get(index, -1), last)
-            if index not in self._zero.persistent and index not in chosen and not self._there(index):
+            if index not in chosen and not self._there(index):
                 chosen.append(index)
                 elements += self._zero.parameters[index].numel
         return self._gather(chosen, visit.phase)
 
-    def _used_soon(self, index: int) -> bool:
-        """Whether a later use is already marked as fetched or lies within ``max_reuse_distance`` (``__params_to_release``)."""
-        if self._fetched_for.get(index, -1) > self._fetched:
+    def _stays(self, index: int) -> bool:
+        """Whether it is persistent, or a later use is marked as fetched or within reach (``__params_to_release``)."""
+        if index in self._zero.persistent or self._fetched_for.get(index, -1) > self._fetched:
             return True
         uses = self._uses[index]
         later = bisect_left(uses, self._fetched)
@@ -257,7 +317,9 @@ class _Zero3:
         for index, parameter in enumerate(parameters):
             owners.setdefault(parameter.module, []).append(index)
         self._owners = {module: tuple(members) for module, members in owners.items()}
-        self._kept = [self.gathered(index, "load", padded=True) for index in sorted(self.persistent)]
+        self._held: dict[int, int] = {}
+        self._recorded, self._released = False, 0
+        self._decided: dict[tuple[int, int], set[int]] = {}
         self._gradients: set[int] = set()
 
     def gathered(self, index: int, phase: str, padded: bool) -> int:
@@ -281,26 +343,25 @@ class _Zero3:
             for storage, index in enumerate(self._source.parameters)
             if index >= 0 and self._source.kinds[storage].role == "weight"
         }
-        recorded = False
         for segment in self._source.segments:
-            edit = Edit(segment)
-            kind = part(segment)
-            if kind in ("first", "next"):
-                self._use_weights(edit, recorded)
-                self._reduce_gradients(edit, kind == "first")
-                recorded = True
-            own = edit.drop_storages(gone)
-            if kind == "load":
-                edit.insert(edit.end, self._load())
-            elif kind == "optimizer":
-                for position, entry in enumerate(edit.timeline):
-                    if entry < 0 and ~entry in self._gradients:
-                        edit.drop(position)
-                        own = min(own, position)
-                edit.insert(own, self._step(), opens=True)
-            elif kind not in ("first", "next"):
-                self._use_weights(edit, recorded)
-            self._out.segments.append(edit.result())
+            kind, left = part(segment), segment.repeat
+            while left:
+                edit, before = Edit(segment), self._held
+                if kind in ("first", "next"):
+                    self._use_weights(edit, -self._released, self._decided)
+                    self._reduce_gradients(edit, kind == "first")
+                    self._recorded, self._released = True, 0
+                elif kind not in ("load", "optimizer"):
+                    self._use_weights(edit, 0, {})
+                own = edit.drop_storages(gone)
+                if kind == "load":
+                    edit.insert(edit.end, self._load())
+                elif kind == "optimizer":
+                    own = min(own, edit.drop_frees(self._gradients))
+                    edit.insert(own, self._step(), opens=True)
+                repeat = left if before == self._held else 1
+                self._out.segments.append(edit.result(repeat))
+                left -= repeat
         return self._out
 
     def _load(self) -> list[int]:
@@ -322,11 +383,11 @@ class _Zero3:
             entries += make.adamw(self._choice.optimizer, elements, "load")
         bucket = make.get("zero.ipg_bucket", self._bucket, self._dtype, "communication", "load")
         partition = make.get("zero.gradient_partition", total, self._dtype, "gradient", "load")
-        return [*entries, ~zeros, bucket, partition, *self._kept]
+        return [*entries, ~zeros, bucket, partition]
 
-    def _use_weights(self, edit: Edit, recorded: bool) -> None:
+    def _use_weights(self, edit: Edit, available: int, decided: dict[tuple[int, int], set[int]]) -> None:
         visited = visits(self._source, edit.timeline, self._owners)
-        coordinator = _Coordinator(self, visited, recorded)
+        coordinator = _Coordinator(self, visited, self._recorded, self._held, available, decided)
         moments = [(visit.start, 1, step) for step, visit in enumerate(visited)]
         moments += [(visit.stop, 0, step) for step, visit in enumerate(visited)]
         for position, fetches, step in sorted(moments):
@@ -334,7 +395,8 @@ class _Zero3:
                 edit.insert(position, coordinator.fetch(step), opens=True)
             else:
                 edit.insert(position, coordinator.release(step))
-        edit.insert(edit.end, coordinator.drain())
+        entries, self._held = coordinator.drain()
+        edit.insert(edit.end, entries)
 
     def _reduce_gradients(self, edit: Edit, first: bool) -> None:
         arrived = arrivals(self._source, edit.timeline, self.parameters)
@@ -375,7 +437,7 @@ class _Zero3:
         make, total = self._make, sum(self._pieces)
         absolute = make.get("zero.overflow_check", total, self._dtype, "temporary", "optimizer")
         flags = make.get("zero.overflow_flags", total, "bool", "temporary", "optimizer")
-        entries = [~storage for storage in self._kept]
+        entries = [~storage for storage in self._held.values()]
         entries += [absolute, flags, ~absolute, ~flags, flags, ~flags]
         for index in _flattened(self._groups):
             entries += make.moment("zero.norm", piece(self.parameters[index], self._world), "float64", "temporary", "optimizer")
@@ -388,7 +450,10 @@ class _Zero3:
             else:
                 entries += [flat, gradient, ~flat] if len(group) > 1 else [gradient]
                 entries += [*adamw, ~gradient]
-        return entries + self._kept
+        # The coordinator counts these releases, but not the gathering that follows.
+        self._released = sum(self.parameters[index].numel for index in self._held)
+        self._held = {index: self.gathered(index, "optimizer", padded=True) for index in sorted(self.persistent)}
+        return [*entries, *self._held.values()]
 
 
 def _flattened(groups: Iterable[Iterable[int]]) -> list[int]:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from oomph.core.layout import Shape
 from oomph.errors import UserError
+from oomph.live.fake import known
 
 Batch = dict[str, Any]
 
@@ -105,12 +106,38 @@ def _grid(config: PretrainedConfig, vision: PretrainedConfig, image_size: tuple[
     def inputs(images: int, dtype: torch.dtype) -> Batch:
         patches = images * rows * columns
         pixels = (patches, channels * frames * patch * patch) if flat else (patches, channels, patch, patch)
-        return {"pixel_values": torch.empty(pixels, dtype=dtype), _GRIDS[config.model_type]: [[1, rows, columns]] * images}
+        return {"pixel_values": torch.empty(pixels, dtype=dtype), _GRIDS[config.model_type]: torch.tensor([[1, rows, columns]] * images)}
 
     return Images(rows * columns // merge**2, inputs)
 
 
-def text_inputs(shape: Shape) -> dict[str, Tensor]:
-    """Token ids and labels, [samples, tokens]. Samples are padded on the right, so a causal model needs no mask."""
+# Models whose rotary embedding has three positions a token (time, row, column), which the collator computes.
+_THREE_POSITIONS = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "paddleocr_vl"}
+
+
+def text_inputs(config: PretrainedConfig, shape: Shape, images: Images | None) -> dict[str, Tensor]:
+    """Token ids and labels, [samples, tokens]. Samples are padded on the right, so a causal model needs no mask.
+
+    The images' tokens stand at the beginning of the samples, as many images in each.
+    """
     size = (shape.samples, shape.tokens)
-    return {"input_ids": torch.empty(size, dtype=torch.long), "labels": torch.empty(size, dtype=torch.long)}
+    inputs = {"input_ids": torch.empty(size, dtype=torch.long), "labels": torch.empty(size, dtype=torch.long)}
+    if images is not None and shape.images:
+        inputs["input_ids"] = known(lambda: _token_ids(config, shape, images.tokens))
+    if config.model_type in _THREE_POSITIONS:
+        inputs["position_ids"] = torch.empty((3, *size), dtype=torch.long)
+    if config.model_type == "gemma3":
+        inputs["token_type_ids"] = torch.empty(size, dtype=torch.long)
+    return inputs
+
+
+def _token_ids(config: PretrainedConfig, shape: Shape, tokens_per_image: int) -> Tensor:
+    image_token = getattr(config, "image_token_id", None)
+    image_token = config.image_token_index if image_token is None else image_token
+    ids = torch.zeros((shape.samples, shape.tokens), dtype=torch.long)
+    if image_token == 0:
+        ids += 1
+    share, more = divmod(shape.images, shape.samples)
+    for sample in range(shape.samples):
+        ids[sample, : (share + (sample < more)) * tokens_per_image] = image_token
+    return ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers.masking_utils as masking
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
@@ -18,6 +16,7 @@ from transformers import PretrainedConfig
 from oomph.core.trace import Stack, Trace
 from oomph.live.batch import Batch, Images, Shape, text_inputs
 from oomph.live.cuda_rules import CudaFunctions, CudaRules, Device
+from oomph.live.fake import WorstCase, answering
 from oomph.live.model import part_finder, to_fake
 from oomph.live.step import LOSSES, commit, train_step
 from oomph.live.trace import Recorder, recording
@@ -57,13 +56,14 @@ class Simulator:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            stack.enter_context(_fake_ready())
+            stack.enter_context(answering())
             stack.enter_context(self.mode)
+            stack.enter_context(WorstCase())
             recorder.start("load")
             recorder.load(self._model, part_finder(self._model))
             stack.enter_context(recording(recorder, self._model))
             if rules is not None:
-                stack.enter_context(_patched(CudaFunctions(rules)._handlers))
+                stack.enter_context(_patched(CudaFunctions(rules)))
             self._run(recorder, shape)
         recorder.finish()
         name_roles(recorder.trace, self._model.config.get_text_config(), shape)  # type: ignore[union-attr]
@@ -75,7 +75,7 @@ class Simulator:
 
         def collate() -> Batch:
             with recorder.making_inputs():
-                batch: Batch = dict(text_inputs(shape))
+                batch: Batch = dict(text_inputs(self._model.config, shape, self._images))
                 if self._images is not None and shape.images:
                     batch |= self._images.inputs(shape.images, next(self._model.parameters()).dtype)
                 return batch
@@ -145,35 +145,14 @@ def name_roles(trace: Trace, config: PretrainedConfig, shape: Shape) -> None:
 
 
 @contextmanager
-def _fake_ready() -> Iterator[None]:
-    """Answers the two questions that code asks of a tensor's values and a fake tensor cannot answer.
-
-    transformers looks in the position ids for several sequences packed in one row; a real run with plain positions finds
-    none and drops the mask, but with fake tensors, which it takes for a graph capture, it keeps one. AdamW reads its step
-    counter, which lives on the CPU.
-    """
-    adam: Any = importlib.import_module("torch.optim.adam")
-    packed, value = masking.find_packed_sequence_indices, adam._get_value
-
-    def none_packed(position_ids: Tensor) -> None:
-        packed(position_ids)
-
-    masking.find_packed_sequence_indices = none_packed
-    adam._get_value = lambda x: 1.0 if isinstance(x, Tensor) else value(x)
-    try:
-        yield
-    finally:
-        masking.find_packed_sequence_indices, adam._get_value = packed, value
-
-
-@contextmanager
-def _patched(replacements: dict[Any, Any]) -> Iterator[None]:
-    changed = []
+def _patched(functions: CudaFunctions) -> Iterator[None]:
+    """Replaces the functions for good: a `TorchFunctionMode` is not active in the backward, where blocks are recomputed."""
+    changed: list[tuple[Any, str, Any]] = []
     for owner in (torch, nn.functional, Tensor):
         for name, value in list(vars(owner).items()):
-            if callable(value) and getattr(value, "__hash__", None) and value in replacements:
+            if callable(value) and value in functions._handlers:
                 changed.append((owner, name, value))
-                setattr(owner, name, replacements[value])
+                setattr(owner, name, functions._handlers[value])
     try:
         yield
     finally:

@@ -1,0 +1,1 @@
+"""Reports: any record as text for a person."""

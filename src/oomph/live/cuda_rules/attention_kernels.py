@@ -13,6 +13,7 @@ from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program
 from oomph.live.cuda_rules.sizes import ceil_div, round_up, shape_of
 
 _HALF = (torch.float16, torch.bfloat16)
+_ANY_HEAD = 65536
 
 
 def _contiguous_copy(tensor: torch.Tensor, name: str) -> tuple[Extra, ...]:
@@ -25,54 +26,80 @@ def _contiguous_copy(tensor: torch.Tensor, name: str) -> tuple[Extra, ...]:
 
 
 class _Tile(NamedTuple):
+    """A backward kernel of kernels/cutlassB.h: block sizes, the head size it takes, and its shared memory in bytes."""
+
     queries: int
     keys: int
     max_head: int
+    shared_memory: int
 
 
-def _backward_tile(device: Device, dtype: torch.dtype, head: int) -> _Tile:
-    """The first kernel of ``dispatch_cutlassB`` that takes the head size and fits the shared memory."""
-    if dtype not in _HALF or device.sm < 75:
-        large = 128 if device.sm >= 80 or (dtype in _HALF and device.sm >= 70) else 64
-    else:
-        large = 128
-    for limit in (32, 64):
-        if head <= limit:
-            return _Tile(64, 64, limit)
-    if dtype in _HALF and device.sm in (86, 89) and head <= 96:
-        return _Tile(128, 64, 96)
-    if head <= 128:
-        if dtype in _HALF and device.sm >= 80:
-            return _Tile(128, 128, 128) if device.shared_memory_per_block >= 131072 else _Tile(64, 64, 128)
-        return _Tile(large, 64, 128)
-    return _Tile(large, 64, 65536)
+def _backward_tiles(device: Device, dtype: torch.dtype, dropout: bool) -> tuple[_Tile, ...]:
+    """The kernels that ``dispatch_cutlassB`` tries, in order; variants that differ in alignment alone are left out.
+
+    Shared memory is ``sizeof(AttentionBackwardKernel<...>::SharedStorage)`` of torch 2.13's headers, compiled.
+    """
+    if device.sm >= 80 and dtype in _HALF:
+        plain, dropped = (154112, 162304) if dtype == torch.float16 else (133632, 152064)
+        narrow = (_Tile(128, 64, 96, 91648),) if device.sm in (86, 89) and not dropout else ()
+        return (
+            _Tile(64, 64, 32, 40192),
+            _Tile(64, 64, 64, 52480),
+            *narrow,
+            _Tile(128, 128, 128, dropped if dropout else plain),
+            _Tile(64, 64, 128, 34048),
+            _Tile(128, 64, _ANY_HEAD, 60928),
+        )
+    small = 53504 if device.sm >= 80 else 37120 if dtype not in _HALF else 27904
+    tiles = (_Tile(64, 64, 32, small), _Tile(64, 64, 64, small))
+    if device.sm >= 80:
+        large, fallback = _Tile(128, 64, 128, 121344), _Tile(64, 64, 128, 67840)
+        return (*tiles, large, fallback, large._replace(max_head=_ANY_HEAD), fallback._replace(max_head=_ANY_HEAD))
+    if dtype in _HALF and device.sm >= 70:
+        return (*tiles, _Tile(128, 64, 128, 54784), _Tile(128, 64, _ANY_HEAD, 54784))
+    return (*tiles, _Tile(64, 64, 128, small), _Tile(64, 64, _ANY_HEAD, small))
 
 
-def efficient_backward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program:
-    """``_efficient_attention_backward`` (attention_backward.cu), workspace as in mem_eff_attention/kernel_backward.h."""
-    query, key, value, grad = call["query"], call["key"], call["value"], call["grad_out_"]
+def _workspace(device: Device, call: Arguments, tile: _Tile) -> Extra:
+    """``Params::workspace_size`` (kernel_backward.h): gradients of a block of keys if not in registers, and of queries."""
+    query, key, value = call["query"], call["key"], call["value"]
     batch, heads, queries, head = shape_of(query)
-    keys, value_head = key.size(2), value.size(3)
-    tile = _backward_tile(device, query.dtype, max(head, value_head))
-    half = query.dtype in _HALF
-    in_registers = half and tile.max_head <= tile.queries
+    keys = int(key.size(2))
     splits = ceil_div(keys, tile.keys)
     if batch * heads >= 256 and keys <= 2 * tile.keys:
         splits = 1
-    accumulates = not in_registers and half
-    if accumulates:
+    elements = ceil_div(queries, tile.queries) * ceil_div(head, tile.keys) * (4 + tile.queries * tile.keys)
+    if query.dtype in _HALF and tile.max_head > tile.queries:
         splits = max(1, min(splits, 200 // (batch * heads)))
-    key_elements = splits * tile.keys * (round_up(head, tile.queries) + round_up(value_head, tile.queries))
-    query_elements = ceil_div(queries, tile.queries) * ceil_div(head, tile.keys) * (4 + tile.queries * tile.keys)
-    elements = round_up((key_elements if accumulates else 0) + query_elements, 4)
-    workspace = Extra((batch * heads * elements * 4,), torch.uint8, "workspace")
+        elements += splits * tile.keys * (round_up(head, tile.queries) + round_up(int(value.size(3)), tile.queries))
+    return Extra((batch * heads * round_up(elements, 4) * 4,), torch.uint8, "workspace")
+
+
+def efficient_backward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program:
+    """``_efficient_attention_backward`` (attention_backward.cu).
+
+    Half precision computes the row sums of grad * out in the kernel; fp32, and sm_70 where gradients do not stay in
+    registers, compute them with tensor operations whose temporaries live until the sums are there.
+    """
+    query, value = call["query"], call["value"]
+    batch, heads, queries, head = shape_of(query)
+    largest = max(head, int(value.size(3)))
+    tiles = _backward_tiles(device, query.dtype, call["dropout_p"] != 0.0)
+    tile = next(t for t in tiles if t.max_head >= largest and t.shared_memory <= device.shared_memory_per_block)
+    half = query.dtype in _HALF
+    workspace = _workspace(device, call, tile)
+    before = _contiguous_copy(call["grad_out_"], "grad_out")
     delta = Extra((batch, heads, queries), torch.float32, "delta")
-    if half and (in_registers or not 70 <= device.sm < 75):
-        return Program(_contiguous_copy(grad, "grad_out"), (delta, workspace))
-    tokens_first = (batch, queries, heads)
-    product = Extra((*tokens_first, value_head), torch.float32, "grad_out * out")
-    row_sum = Extra(tokens_first, torch.float32, "sum")
-    return Program(_contiguous_copy(grad, "grad_out"), (product, row_sum, 0, delta, 1, workspace))
+    if half and (tile.max_head <= tile.queries or not 70 <= device.sm < 75):
+        return Program(before, (delta, workspace))
+    rows = (batch, queries, heads)
+    product = Extra((*rows, int(value.size(3))), torch.float32, "grad_out * out")
+    casts = [product._replace(name=name) for name in ("grad_out", "out")] if half else []
+    temporaries = [*casts, product, Extra(rows, torch.float32, "sum")]
+    kept = heads == 1 or queries == 1
+    if kept:
+        return Program(before, (*temporaries, *range(len(temporaries) - 1), workspace))
+    return Program(before, (*temporaries, delta, *reversed(range(len(temporaries))), workspace))
 
 
 def efficient_forward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program | None:
@@ -113,9 +140,7 @@ def flash_forward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, 
         return None
     rounded = round_up(head, 32 if head <= 128 else 64)
     rows = (splits, batch, heads, queries)
-    return Program(
-        after=(Extra(rows, torch.float32, "softmax_lse_accum"), Extra((*rows, rounded), torch.float32, "out_accum"))
-    )
+    return Program(after=(Extra(rows, torch.float32, "softmax_lse_accum"), Extra((*rows, rounded), torch.float32, "out_accum")))
 
 
 def flash_backward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program:

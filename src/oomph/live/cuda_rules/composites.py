@@ -1,14 +1,13 @@
 """Composite functions whose C++ branch asks whether a tensor is on CUDA, written out as CUDA runs them.
 
 On fake CPU tensors torch would take the CPU branch: another attention kernel, an unfused softmax, a dropout with a
-noise tensor. ``CudaFunctions`` calls the ops of the CUDA branch instead.
+noise tensor, a one-hot encoding that reads its indices. ``CudaFunctions`` calls the ops of the CUDA branch instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,21 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from oomph.errors import UserError
 from oomph.live.cuda_rules.attention import Backend, Call, can_use_efficient, can_use_flash, select_backend
 from oomph.live.cuda_rules.rules import CudaRules
 
 _aten = torch.ops.aten
+_HALF = (torch.float16, torch.bfloat16)
+_one_hot_reading = F.one_hot
+_unfused_rms_norm = torch.rms_norm
+_plain_multi_head = F.multi_head_attention_forward
+_plain_engine = torch.autograd.graph._engine_run_backward
 
 
-def _additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, blocked: float = -math.inf) -> torch.Tensor | None:
-    """``convert_boolean_attn_mask_``: 0 where attention is allowed, `blocked` elsewhere."""
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, blocked: float = -math.inf) -> torch.Tensor | None:
+    """``convert_boolean_attn_mask_``: 0 where attention is allowed, `blocked` elsewhere; other masks as they are."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.where(mask, 0.0, torch.scalar_tensor(blocked, dtype=dtype, device=mask.device))
 
 
-def _aligned_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """``preprocess_mask``: rows padded so that strides are multiples of 8, then expanded to [B, H, Sq, Sk]."""
+def aligned_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """``preprocess_mask``: padded so that its strides are multiples of 8, then expanded to [B, H, Sq, Sk]."""
     if any(stride % 8 for stride in mask.stride()[:-1]) or mask.stride(-1) != 1:
         columns = mask.size(-1)
         mask = F.pad(mask, (0, 8 - columns % 8))[..., :columns]
@@ -43,72 +48,82 @@ def _pad_head(tensor: torch.Tensor) -> torch.Tensor:
     return F.pad(tensor, (0, 8 - excess)) if excess else tensor
 
 
+def _repeat_heads(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pre_process_group_query_attention_input``: one key and value head for each query head."""
+    heads = call.query.size(-3)
+    if not call.grouped or heads == call.key.size(-3) == call.value.size(-3):
+        return call.key, call.value
+    return (
+        call.key.repeat_interleave(heads // call.key.size(-3), -3),
+        call.value.repeat_interleave(heads // call.value.size(-3), -3),
+    )
+
+
 def _flash(call: Call, scale: float | None) -> torch.Tensor:
-    head_dim = call.query.size(-1)
+    head = call.query.size(-1)
     query, key, value = (_pad_head(t) for t in (call.query, call.key, call.value))
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    out = _aten._scaled_dot_product_flash_attention(query, key, value, call.dropout, call.causal, False, scale=scale)[0]
-    return out[..., :head_dim] if out.size(-1) != head_dim else out
+    scale = 1 / math.sqrt(head) if scale is None else scale
+    out: torch.Tensor = _aten._scaled_dot_product_flash_attention(
+        query, key, value, call.dropout, call.causal, False, scale=scale
+    )[0]
+    return out[..., :head] if out.size(-1) != head else out
 
 
 def _efficient(call: Call, scale: float | None) -> torch.Tensor:
-    mask = _additive_mask(call.mask, call.query.dtype)
+    key, value = _repeat_heads(call)
+    mask = additive_mask(call.mask, call.query.dtype)
     if mask is not None:
-        mask = _aligned_mask(mask, call.query, call.key)
-    return _aten._scaled_dot_product_efficient_attention(
-        call.query, call.key, call.value, mask, call.needs_grad, call.dropout, call.causal, scale=scale
+        mask = aligned_mask(mask, call.query, key)
+    out: torch.Tensor = _aten._scaled_dot_product_efficient_attention(
+        call.query, key, value, mask, call.needs_grad, call.dropout, call.causal, scale=scale
     )[0]
+    return out
 
 
 def _cudnn(call: Call, scale: float | None) -> torch.Tensor:
-    mask = _additive_mask(call.mask, call.query.dtype)
-    return _aten._scaled_dot_product_cudnn_attention(
+    mask = additive_mask(call.mask, call.query.dtype)
+    out: torch.Tensor = _aten._scaled_dot_product_cudnn_attention(
         call.query, call.key, call.value, mask, call.needs_grad, call.dropout, call.causal, False, scale=scale
     )[0]
+    return out
 
 
-def _math(call: Call, scale: float | None) -> torch.Tensor:
-    """``_scaled_dot_product_attention_math``: half inputs are computed in fp32; the mask is added in place."""
+def math_attention(call: Call, scale: float | None) -> torch.Tensor:
+    """``_scaled_dot_product_attention_math``: half inputs are computed in fp32, and the mask is added in place.
+
+    torch's own composite would add it out of place to a fake tensor, and draw dropout without the fused kernel.
+    """
     dtype = call.query.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
-    query, key, value = (t.to(torch.float32) if half else t for t in (call.query, call.key, call.value))
+    mask = additive_mask(call.mask, dtype)
+    query, key, value = (t.to(torch.float32) if dtype in _HALF else t for t in (call.query, call.key, call.value))
     factor = math.sqrt(1 / math.sqrt(query.size(-1)) if scale is None else scale)
-    mask = _additive_mask(call.mask, dtype)
     query = _aten.mul.Scalar(query, factor)
     if call.causal:
         allowed = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
-        mask = _additive_mask(allowed, query.dtype)
-    if call.grouped and call.query.size(-3) != call.key.size(-3):
-        key = key.repeat_interleave(call.query.size(-3) // call.key.size(-3), -3)
-        value = value.repeat_interleave(call.query.size(-3) // call.value.size(-3), -3)
+        mask = additive_mask(allowed, query.dtype)
+    key, value = _repeat_heads(Call(query, key, value, grouped=call.grouped))
     scores = torch.matmul(query, _aten.mul.Scalar(key.transpose(-2, -1), factor))
     if mask is not None:
         scores.add_(mask)
     weights = _aten._safe_softmax(scores, -1)
     if call.dropout > 0.0:
         weights = torch.native_dropout(weights, call.dropout, True)[0]
-    weights.to(dtype)
-    return torch.matmul(weights, value).to(dtype)
+    returned = weights.to(dtype)
+    out = torch.matmul(weights, value).to(dtype)
+    del returned
+    return out
 
 
 _BACKENDS: dict[Backend, Callable[[Call, float | None], torch.Tensor]] = {
     "cudnn": _cudnn,
     "flash": _flash,
     "efficient": _efficient,
-    "math": _math,
+    "math": math_attention,
 }
 
 
-def _softmax_operands(
-    input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, int | None, torch.dtype | None]:
-    return input, dim, dtype
-
-
-def _fused_softmax(
-    fused: Callable[[torch.Tensor, int, bool], torch.Tensor], plain: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    """``softmax``/``log_softmax`` (SoftMax.cpp): fp16 to fp32 is one fused kernel on CUDA, for Half only."""
+def _fused_softmax(fused: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``softmax``, ``log_softmax`` (SoftMax.cpp): fp16 to fp32 is one kernel on CUDA, for Half only."""
 
     def call(input: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), None))
@@ -119,21 +134,55 @@ def _fused_softmax(
     return call
 
 
-def _dropout(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``dropout`` (Dropout.cpp): on CUDA one kernel that keeps a bool mask, unless in place."""
+def _fused_dropout(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``dropout`` (Dropout.cpp, ``is_fused_kernel_acceptable``): on CUDA one kernel that keeps a bool mask."""
 
-    def call(input: torch.Tensor, p: float = 0.5, *args: Any, **kwargs: Any) -> torch.Tensor:
-        training = kwargs.get("training", kwargs.get("train", args[0] if args else True))
-        inplace = kwargs.get("inplace", args[1] if len(args) > 1 else False)
+    def call(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         if training and not inplace and 0 < p < 1 and input.numel() > 0:
             return torch.native_dropout(input, p, True)[0]
-        return plain(input, p, *args, **kwargs)
+        return plain(input, p, training, inplace)
 
     return call
 
 
+def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """``one_hot`` (Onehot.cpp): on CUDA the indices are not read where the number of classes is given."""
+    if num_classes < 1:
+        return _one_hot_reading(tensor, num_classes)
+    encoded = torch.zeros(*tensor.shape, num_classes, dtype=tensor.dtype, device=tensor.device)
+    return encoded.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """The memory of ``_fused_rms_norm`` (layer_norm_kernel.cu): the result and one fp32 factor for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor | None, rank: int) -> torch.Tensor:
+        out = torch.empty_like(input, memory_format=torch.contiguous_format)
+        factors = torch.empty(*input.shape[:-rank], *[1] * rank, dtype=torch.float32, device=input.device)
+        ctx.save_for_backward(input, weight, factors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        input, weight, _ = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return torch.empty_like(input) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None, None
+
+
+def _rms_norm(
+    input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    """``rms_norm`` (layer_norm.cpp): fused on CUDA, unless the weight has another type than the input."""
+    fake = isinstance(input, torch._subclasses.FakeTensor)
+    if not fake or input.is_complex() or (weight is not None and weight.dtype != input.dtype):
+        return _unfused_rms_norm(input, list(normalized_shape), weight, eps)
+    out: torch.Tensor = _RmsNorm.apply(input, weight, len(normalized_shape))  # type: ignore[no-untyped-call]
+    return out
+
+
 class CudaFunctions(TorchFunctionMode):
-    """Runs composite functions as CUDA would, on tensors that lie elsewhere. Enter it around the step.
+    """Runs composite functions as CUDA would, on fake tensors that lie elsewhere. Enter it around the step.
 
     Args:
         rules: the device, and the attention: "flash" and "efficient" pin that backend of scaled_dot_product_attention,
@@ -142,21 +191,46 @@ class CudaFunctions(TorchFunctionMode):
 
     def __init__(self, rules: CudaRules) -> None:
         super().__init__()
-        self._device = rules.device
-        self._attention = rules.attention
-        self._handlers: dict[Any, Callable[..., Any]] = {F.scaled_dot_product_attention: self.attend}
-        for plain in (F.softmax, torch.softmax, torch.Tensor.softmax):
-            self._handlers[plain] = _fused_softmax(torch._softmax, plain)
-        for plain in (F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax):
-            self._handlers[plain] = _fused_softmax(torch._log_softmax, plain)
-        for plain in (F.dropout, torch.dropout):
-            self._handlers[plain] = _dropout(plain)
+        self._rules = rules
+        self._softmax = _fused_softmax(torch._softmax, F.softmax)
+        self._dropout = _fused_dropout(F.dropout)
+        self._handlers: dict[Any, Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self.attend,
+            F.multi_head_attention_forward: self._multi_head,
+            F.dropout: self._dropout,
+            torch.dropout: self._dropout,
+            F.one_hot: _one_hot,
+            F.rms_norm: _rms_norm,
+            torch.rms_norm: _rms_norm,
+            F.softmax: self._softmax,
+            torch.softmax: _fused_softmax(torch._softmax, torch.softmax),
+            torch.Tensor.softmax: _fused_softmax(torch._softmax, torch.Tensor.softmax),
+            F.log_softmax: _fused_softmax(torch._log_softmax, F.log_softmax),
+            torch.log_softmax: _fused_softmax(torch._log_softmax, torch.log_softmax),
+            torch.Tensor.log_softmax: _fused_softmax(torch._log_softmax, torch.Tensor.log_softmax),
+        }
+
+    @property
+    def replacements(self) -> dict[Any, Callable[..., Any]]:
+        """The CUDA branch by function, for a caller that replaces the functions themselves instead of entering the mode."""
+        return dict(self._handlers)
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Calls the CUDA branch of `func` where there is one, else `func`."""
+        """Calls the CUDA branch of `func` where there is one, else `func`.
+
+        The mode stays on within backward, where checkpoints run parts of forward again.
+        """
+        if func in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad):
+            with mock.patch.object(torch.autograd, "_engine_run_backward", self._run_engine):
+                return func(*args, **(kwargs or {}))
         return self._handlers.get(func, func)(*args, **(kwargs or {}))
+
+    def _run_engine(self, *args: Any, **kwargs: Any) -> Any:
+        """The autograd engine with the mode on, which torch takes off for the call of ``backward`` that leads here."""
+        with self:
+            return _plain_engine(*args, **kwargs)
 
     def attend(
         self,
@@ -178,4 +252,34 @@ class CudaFunctions(TorchFunctionMode):
         return _BACKENDS[self._backend(call)](call, scale)
 
     def _backend(self, call: Call) -> Backend:
-        return select_backend(self._device, call)
+        device = self._rules.device
+        if self._rules.attention == "flash":
+            if not can_use_flash(device, call):
+                raise _refused("flash", device.capability, call)
+            return "flash"
+        if self._rules.attention == "efficient":
+            key, value = _repeat_heads(call)
+            if not can_use_efficient(device, Call(call.query, key, value, call.mask, call.dropout, call.causal)):
+                raise _refused("memory-efficient", device.capability, call)
+            return "efficient"
+        return select_backend(device, call)
+
+    def _multi_head(self, *args: Any, **kwargs: Any) -> Any:
+        """``multi_head_attention_forward`` with the functions it looks up in torch.nn.functional replaced."""
+        fused: dict[str, Any] = {
+            "scaled_dot_product_attention": self.attend,
+            "softmax": self._softmax,
+            "dropout": self._dropout,
+        }
+        with mock.patch.multiple(F, **fused):
+            return _plain_multi_head(*args, **kwargs)
+
+
+def _refused(name: str, capability: tuple[int, int], call: Call) -> UserError:
+    shapes = ", ".join("x".join(map(str, t.shape)) for t in (call.query, call.key, call.value))
+    masked = "with a mask" if call.mask is not None else "without a mask"
+    return UserError(
+        f"The {name} attention kernel does not take {call.query.dtype} tensors of {shapes} {masked} on compute capability"
+        f" {capability[0]}.{capability[1]}.",
+        "Choose attention: sdpa, which takes the fastest kernel that fits.",
+    )

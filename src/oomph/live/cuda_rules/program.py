@@ -82,12 +82,15 @@ class Device:
         capability: compute capability, ``(8, 0)`` for sm_80.
         multiprocessors: streaming multiprocessors; ``None`` takes the count of the largest data-centre or workstation
             card of that capability. It decides how a large reduction is split, and whether flash attention splits keys.
-        cudnn: the cuDNN version as ``cudnnGetVersion`` gives it; 0 stands for a build without cuDNN attention.
+        cudnn: the cuDNN version as ``cudnnGetVersion`` gives it; 0 stands for a build without cuDNN attention. The
+            torch 2.13 wheels come with 9.20.
+        unified_workspaces: whether cuBLASLt shares the workspace of cuBLAS, as in torch 2.11 and later.
     """
 
     capability: tuple[int, int]
     multiprocessors: int | None = None
     cudnn: int = 92000
+    unified_workspaces: bool = True
 
     @property
     def sm(self) -> int:

@@ -2,36 +2,79 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from oomph.live.cuda_rules import attention_kernels
-from oomph.live.cuda_rules.program import Device, Extra, Program, Rule, bind
-from oomph.live.cuda_rules.sizes import shape_of
+from oomph.core.devices import cublas_workspace_bytes, cublaslt_workspace_bytes
+from oomph.live.cuda_rules import attention_kernels, indexing, kernels
+from oomph.live.cuda_rules.classification import allocates_outputs_only
+from oomph.live.cuda_rules.program import Device, Program, Rule, bind
 from oomph.records import Attention
 
 _aten = torch.ops.aten
 
+_PRODUCTS: dict[torch._ops.OpOverload, Rule] = {
+    _aten.mm.default: kernels.matrix_product("self", "mat2"),
+    _aten.addmm.default: kernels.matrix_product("mat1", "mat2"),
+    _aten.bmm.default: kernels.batched_product("self", "mat2"),
+    _aten.baddbmm.default: kernels.batched_product("batch1", "batch2"),
+    _aten._grouped_mm.default: kernels.grouped_product,
+}
 
-def _softmax_backward(device: Device, call: dict[str, Any], outputs: tuple[torch.Tensor, ...]) -> Program:
-    grad, output = call["grad_output"], call["output"]
-    return Program(after=(Extra(shape_of(grad), torch.promote_types(grad.dtype, output.dtype), "tmp"),))
-
-
-_RULES: dict[torch._ops.OpOverload, Rule] = {
+_RULES: dict[torch._ops.OpOverload, Rule] = _PRODUCTS | {
     _aten._scaled_dot_product_efficient_attention.default: attention_kernels.efficient_forward,
     _aten._scaled_dot_product_efficient_attention_backward.default: attention_kernels.efficient_backward,
     _aten._scaled_dot_product_flash_attention.default: attention_kernels.flash_forward,
     _aten._scaled_dot_product_flash_attention_backward.default: attention_kernels.flash_backward,
-    _aten._softmax_backward_data.default: _softmax_backward,
+    _aten._softmax_backward_data.default: kernels.softmax_backward,
+    _aten._softmax.default: kernels.contiguous_inputs("self"),
+    _aten._log_softmax.default: kernels.contiguous_inputs("self"),
+    _aten._log_softmax_backward_data.default: kernels.contiguous_inputs("grad_output", "output"),
+    _aten._safe_softmax.default: kernels.safe_softmax,
+    _aten.logsumexp.default: kernels.logsumexp,
+    _aten.native_layer_norm.default: kernels.contiguous_inputs("input"),
+    _aten.native_layer_norm_backward.default: kernels.layer_norm_backward,
+    _aten._foreach_norm.Scalar: kernels.foreach_norm,
+    _aten.sum.default: kernels.total,
+    _aten.sum.dim_IntList: kernels.total,
+    _aten.mean.default: kernels.total,
+    _aten.mean.dim: kernels.total,
+    _aten.linalg_vector_norm.default: kernels.reduction(),
+    _aten.amax.default: kernels.extremum,
+    _aten.amin.default: kernels.extremum,
+    _aten.max.default: kernels.extremum,
+    _aten.min.default: kernels.extremum,
+    _aten.all.default: kernels.reduction(1),
+    _aten.all.dim: kernels.reduction(1),
+    _aten.any.default: kernels.reduction(1),
+    _aten.any.dim: kernels.reduction(1),
+    _aten.var.correction: kernels.reduction(16),
+    _aten.var_mean.correction: kernels.reduction(16),
+    _aten.argmax.default: kernels.reduction(16),
+    _aten.argmin.default: kernels.reduction(16),
+    _aten.max.dim: kernels.reduction(16),
+    _aten.min.dim: kernels.reduction(16),
+    _aten.embedding_dense_backward.default: indexing.embedding_dense_backward,
+    _aten.index.Tensor: indexing.index,
+    _aten.index_put.default: indexing.index_put,
+    _aten.index_put_.default: indexing.index_put,
+    _aten._index_put_impl_.default: indexing.index_put,
+    _aten._unsafe_index_put.default: indexing.index_put,
+    _aten.masked_scatter.default: indexing.masked_scatter,
+    _aten.masked_scatter_.default: indexing.masked_scatter,
+    _aten.masked_scatter_backward.default: indexing.masked_scatter_backward,
+    _aten.nonzero.default: indexing.nonzero,
+    _aten.sort.default: indexing.sort,
+    _aten.sort.stable: indexing.sort,
+    _aten.topk.default: indexing.topk,
+    _aten.cumsum.default: indexing.cumsum,
 }
 
-_MATMULS = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default})
-
-
-def _cublas_workspace_bytes(capability: tuple[int, int]) -> int:
-    return 32 * 1024 * 1024 if capability == (9, 0) else 8_519_680
+_HOST_SEED = _aten._scaled_dot_product_efficient_attention.default
+_FIRST_SEED = 2
 
 
 class CudaRules:
@@ -53,21 +96,37 @@ class CudaRules:
         rule = _RULES.get(func)
         if rule is None:
             return None
-        tensors = tuple(t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor))
+        tensors = tuple(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor))
         return rule(self.device, bind(func, args, kwargs), tensors)
 
     def on_host(self, func: torch._ops.OpOverload, output_index: int) -> bool:
-        """Whether this output tensor lives on the CPU. `output_index` counts the tensors among the outputs."""
-        return output_index >= 2 and func is _aten._scaled_dot_product_efficient_attention.default
+        """Whether this output tensor lives on the CPU. `output_index` counts the tensors among the outputs.
+
+        Mem-efficient attention keeps its philox seed and offset on the CPU outside graph capture (attention.cu, Note
+        [Seed and Offset Device]); flash attention keeps both on the device (flash_api.cpp).
+        """
+        return func is _HOST_SEED and output_index >= _FIRST_SEED
 
     def workspaces(
         self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[str, int], ...]:
-        """Persistent library workspaces that the op needs, as (key, bytes); one of each key per thread."""
-        if func not in _MATMULS:
+        """Persistent library workspaces that the op needs, as (key, bytes); one of each key per thread.
+
+        Products with a bias go through cuBLASLt, which uses the workspace of cuBLAS unless that is switched off.
+        """
+        if func not in _PRODUCTS:
             return ()
-        return (("cublas", _cublas_workspace_bytes(self.device.capability)),)
+        found = [("cublas", cublas_workspace_bytes(self.device.capability))]
+        if func is _aten.addmm.default and args[0].dim() == 1:
+            separate = cublaslt_workspace_bytes(unified=self.device.unified_workspaces)
+            found += [("cublaslt", separate)] if separate else []
+        return tuple(found)
 
     def classified(self, func: torch._ops.OpOverload) -> bool:
-        """Whether the op's CUDA kernel has been looked at."""
-        return func in _RULES or func in _MATMULS
+        """Whether the op's CUDA kernel has been looked at; others count against the confidence of a prediction."""
+        return _classified(func)
+
+
+@functools.cache
+def _classified(func: torch._ops.OpOverload) -> bool:
+    return func in _RULES or allocates_outputs_only(func)

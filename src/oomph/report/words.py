@@ -1,0 +1,201 @@
+"""The words of the reports: operators, element types, roles and phases as a researcher calls them."""
+
+from __future__ import annotations
+
+import re
+
+from oomph.records import Choice, FailingRequest, Prediction, Request, StagePlan
+from oomph.report.lines import clean, kept
+from oomph.units import count, size
+
+_OPERATORS = {
+    "_grouped_mm": "grouped matrix product",
+    "_scaled_dot_product_efficient_attention": "efficient attention",
+    "_scaled_dot_product_efficient_attention_backward": "efficient attention backward",
+    "_scaled_dot_product_flash_attention": "flash attention",
+    "_scaled_dot_product_flash_attention_backward": "flash attention backward",
+    "_to_copy": "cast",
+    "addmm": "matrix product",
+    "baddbmm": "matrix product",
+    "bmm": "matrix product",
+    "cat": "concatenation",
+    "clone": "copy",
+    "embedding_dense_backward": "embedding backward",
+    "mm": "matrix product",
+    "nll_loss_backward": "loss backward",
+    "nll_loss_forward": "loss",
+}
+_LIBRARIES = {"zero": "ZeRO", "ddp": "DDP"}
+_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_OUTSIDE = {"context": "CUDA context", "nccl": "NCCL"}
+_ROLES = {
+    "weight": ("weights", "a weight"),
+    "gradient": ("gradients", "a gradient"),
+    "optimizer": ("optimizer state", "optimizer state"),
+    "activation": ("activations", "an activation"),
+    "scores": ("attention scores", "attention scores"),
+    "logits": ("logits", "logits"),
+    "input": ("inputs", "an input"),
+    "temporary": ("temporaries", "a temporary"),
+    "workspace": ("library workspaces", "a library workspace"),
+    "communication": ("communication buffers", "a communication buffer"),
+}
+_PHASES = {
+    "load": "loading the model",
+    "forward": "the forward pass",
+    "recompute": "the recomputed forward pass",
+    "backward": "the backward pass",
+    "optimizer": "the optimizer step",
+    "evaluate": "the evaluation",
+}
+_LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)(?:\.|$)")
+
+
+def operator(op: str) -> str:
+    """An operator's name for people: ``aten._softmax_backward_data.default:tmp`` is ``softmax backward, temporary``."""
+    path, colon, hidden = clean(op).partition(":")
+    parts = path.split(".")
+    if path == "load":
+        name = "weights"
+    elif len(parts) == 2 and parts[0] in _LIBRARIES:
+        name = f"{_LIBRARIES[parts[0]]} {parts[1].replace('_', ' ')}"
+    elif len(parts) == 3:
+        bare = parts[1].strip("_").removeprefix("native_").removesuffix("_data")
+        name = _OPERATORS.get(parts[1], bare.replace("_", " "))
+    else:
+        name = path.replace("cublas", "cuBLAS")
+    return f"{name}, {'temporary' if hidden == 'tmp' else hidden.replace('_', ' ')}" if colon else name
+
+
+def dtype(name: str) -> str:
+    """An element type: ``bf16``."""
+    return _DTYPES.get(name, clean(name))
+
+
+def shape(dimensions: tuple[int, ...]) -> str:
+    """Elements per dimension: ``[8, 32, 2623, 2623]``."""
+    return f"[{', '.join(map(str, dimensions))}]"
+
+
+def roles(role: str) -> str:
+    """What all storages of a role are called: ``activations``."""
+    return _ROLES[role][0] if role in _ROLES else clean(role)
+
+
+def outside(name: str) -> str:
+    """A consumer of memory outside the allocator: ``CUDA context``."""
+    return _OUTSIDE.get(name, clean(name))
+
+
+def knob(name: str, value: object) -> str:
+    """One memory knob with its value: ``micro-batch 8``."""
+    return f"{label(name)} {'on' if value is True else 'off' if value is False else 'none' if value is None else value}"
+
+
+def label(name: str) -> str:
+    """A field's name in words: ``last micro-batch``."""
+    return clean(name).replace("micro_batch", "micro-batch").replace("_", " ").replace("per gpu", "per GPU")
+
+
+def is_given(reason: str) -> bool:
+    """Whether a value's reason is that the recipe gives it."""
+    return reason.startswith(("pinned by ", "given by "))
+
+
+def needed_bytes(prediction: Prediction) -> tuple[int, int]:
+    """The most that is allocated, and the most that is reserved while nothing limits it; evaluation included."""
+    allocated, reserved = prediction.allocated_peak_bytes, prediction.reserved_peak_bytes
+    if prediction.evaluation:
+        allocated = max(allocated, prediction.evaluation.allocated_peak_bytes)
+        reserved = max(reserved, prediction.evaluation.reserved_peak_bytes)
+    return allocated, reserved
+
+
+def left_bytes(prediction: Prediction) -> int:
+    """What stays free where the stage fits; where it does not, what is missing at the least, as a negative number or 0."""
+    allocated, reserved = needed_bytes(prediction)
+    return prediction.usable_bytes - reserved if prediction.fits else min(prediction.usable_bytes - allocated, 0)
+
+
+def bound_bytes(prediction: Prediction) -> int:
+    """The error bound in bytes."""
+    return round(prediction.error_bound * prediction.allocated_peak_bytes)
+
+
+def verdict(prediction: Prediction) -> str:
+    """Whether the stage fits, and by how much."""
+    usable, left = prediction.usable_bytes, left_bytes(prediction)
+    if prediction.fits:
+        reach = f"{size(usable - left)} of {size(usable)} reserved at the peak, {size(left)} to spare"
+        if left < bound_bytes(prediction):
+            return f"fits, but only just: {reach}, which is less than the error bound"
+        return f"fits: {reach}"
+    request = prediction.failing_request
+    if request is None:
+        return f"does not fit: the evaluation reserves {size(needed_bytes(prediction)[1])}, and {size(usable)} is usable"
+    free = usable - request.in_use_bytes
+    if free < request.bytes:
+        return f"does not fit: {size(request.bytes)} is asked for where {size(free)} is free"
+    return f"does not fit: {size(request.bytes)} is asked for, and the {size(free)} that is free lies in smaller pieces"
+
+
+def failure(stage: StagePlan, request: FailingRequest) -> str:
+    """The request that cannot be served, in sentences."""
+    dimensions = kept(f"{dtype(request.dtype)} {shape(request.shape)}")
+    legend = _legend(request, stage)
+    what = _ROLES[request.role][1] if request.role in _ROLES else clean(request.role)
+    by = "" if request.op == "load" else f" made by {operator(request.op).removesuffix(', temporary')}"
+    where = f" in {clean(request.module)}" if request.module else ""
+    when = _moment(stage.choice, request)
+    usable = stage.prediction.usable_bytes
+    return (
+        f"{when[0].upper()}{when[1:]} asks for {kept(size(request.bytes))}: {dimensions}{legend}, {what}{by}{where}. "
+        f"At that moment {kept(size(request.in_use_bytes))} is in use and {kept(size(request.reserved_bytes))} reserved, "
+        f"of {kept(size(usable))} usable."
+    )
+
+
+def batch(choice: Choice) -> str:
+    """How the effective batch comes about."""
+    gpus = f"{choice.gpus} GPU{'s' if choice.gpus > 1 else ''}"
+    product = f"micro-batch {choice.micro_batch} × accumulation {choice.accumulation} × {gpus}"
+    ragged = choice.micro_batch * choice.accumulation * choice.gpus != choice.effective_batch
+    return f"{product}{', the last ones smaller,' if ragged else ''} = effective batch {choice.effective_batch}"
+
+
+def sample(stage: StagePlan) -> str:
+    """The tokens of the longest sample."""
+    images = f", {stage.image_tokens:,} of them from images" if stage.image_tokens else ""
+    return f"{stage.samples_tokens:,} tokens in the longest{images}"
+
+
+def parameters(stage: StagePlan) -> str:
+    """How many parameters train, and how many there are."""
+    return f"{count(stage.trainable_parameters)} of {count(stage.total_parameters)} train"
+
+
+def bound(prediction: Prediction) -> str:
+    """The error bound, as a fraction and in bytes."""
+    return f"{100 * prediction.error_bound:.1f} %: the true peak may be up to {size(bound_bytes(prediction))} higher"
+
+
+def _moment(choice: Choice, request: Request) -> str:
+    when = _PHASES.get(request.phase, clean(request.phase))
+    layer = _LAYER.search(request.module)
+    if request.phase == "recompute" and layer:
+        return f"{when} of block {layer[1]}"
+    if request.phase == "backward" and layer and choice.checkpointing == "blocks":
+        return f"{when} of recomputed block {layer[1]}"
+    return when
+
+
+def _legend(request: Request, stage: StagePlan) -> str:
+    """What the dimensions are, where their pattern says it."""
+    samples, tokens, dimensions = stage.choice.micro_batch, stage.samples_tokens, request.shape
+    if len(dimensions) == 4 and dimensions[0] == samples and dimensions[2:] == (tokens, tokens):
+        return " (samples, heads, tokens, tokens)"
+    if len(dimensions) == 3 and dimensions[1:] == (tokens, tokens) and request.role == "scores":
+        return " (samples × heads, tokens, tokens)"
+    if len(dimensions) == 3 and dimensions[:2] == (samples, tokens):
+        return f" (samples, tokens, {'vocabulary' if request.role == 'logits' else 'features'})"
+    return ""
