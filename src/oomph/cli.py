@@ -117,10 +117,9 @@ def _plan(
 def _make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None]) -> None:
     """Makes what the cache lacks; only this imports torch."""
     _notify(f"tracing {len(keys)} training step{'s' if len(keys) > 1 else ''} on fake tensors, once for this configuration ...")
-    from oomph.live.source import make_form
+    from oomph.live.source import make_forms
 
-    for key in keys:
-        done(key, make_form(key))
+    make_forms(keys, done)
 
 
 def _known(recipe: Recipe, names: Sequence[str]) -> list[str] | None:

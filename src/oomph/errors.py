@@ -16,6 +16,10 @@ class UserError(Exception):
         self.hint = hint
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[list[str], str]]:
+        """A copy from another process has the same problems and the same hint."""
+        return type(self), (self.problems, self.hint)
+
     def render(self) -> str:
         """The text for stderr: an ``error:`` line for each problem, a blank line, ``hint:``."""
         lines = [f"error: {problem}" for problem in self.problems]

@@ -3,13 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oomph.core.events import Events, Kind
+from oomph.core.events import Events, Kind, Segment
 from oomph.core.ranks import arrivals, hidden_size
-from oomph.core.sharding import Parameter, ZeroSettings, ddp_buckets, static_bytes
+from oomph.core.sharding import DdpSettings, Parameter, ZeroSettings, ddp_buckets, shard, static_bytes
 from oomph.errors import UserError
 from oomph.records import Choice
 from oomph.units import gib
 
+MATRIX = Parameter("a.weight", (4, 4), "bfloat16", True)
 shapes = st.one_of(
     st.tuples(st.integers(1, 30)), st.tuples(st.integers(1, 30), st.integers(1, 9)), st.tuples(*[st.integers(1, 4)] * 3)
 )
@@ -136,3 +137,37 @@ def test_all_problems_are_named_at_once():
     assert len(caught.value.problems) == 4
     with pytest.raises(UserError, match="nothing to reduce"):
         static_bytes([parameters[0]._replace(trainable=False)], choice("ddp", 4))
+
+
+def loaded(parameters, asked, chosen=None):
+    """What sharding allocates and frees while the model is loaded."""
+    out = shard(Events(segments=[Segment("load", [])]), parameters, asked, chosen)
+    return [out.kinds[entry].op if entry >= 0 else f"~{out.kinds[~entry].op}" for entry in out.segments[0].timeline]
+
+
+def test_zero2_at_construction():
+    made = ["zero.flat_parameters", "zero.clone", "zero.fp32_master", "~zero.clone", "zero.fp32_gradient", "zero.exp_avg"]
+    stepped = ["zero.exp_avg_sq", "zero.adamw_sqrt", "~zero.adamw_sqrt", "~zero.fp32_gradient"]
+    assert loaded([MATRIX], choice("zero2", 4)) == made + stepped
+
+
+def test_ddp_broadcasts_through_two_flat_copies_at_a_time():
+    parameters = [Parameter(f"m{n}.weight", (1024, 1024, 50), "bfloat16", True) for n in range(10)]
+    flat, freed = "ddp.broadcast", "~ddp.broadcast"
+    # 100 MiB each: three to a copy, and the last one alone needs none.
+    assert loaded(parameters, choice("ddp", 4)) == [flat, flat, freed, flat, freed, freed, "ddp.bucket"]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("work", [loaded, static_bytes])
+def test_one_gpu_is_refused(sharding, work):
+    with pytest.raises(UserError, match="gpus is 1") as caught:
+        work([MATRIX], choice(sharding, 1))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(("sharding", "wrong"), [("ddp", ZeroSettings()), ("zero2", DdpSettings()), ("zero3", DdpSettings())])
+@pytest.mark.parametrize("work", [loaded, static_bytes])
+def test_settings_of_another_variant_are_refused(sharding, wrong, work):
+    with pytest.raises(TypeError):
+        work([MATRIX], choice(sharding, 4), wrong)

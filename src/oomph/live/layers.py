@@ -109,7 +109,7 @@ def _ancestors(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _repetition(path: str, kinds: list[Any], numbered: set[int], units: int) -> Stack:
-    """The cheapest way to see the list of layers as prefix, equal units, suffix."""
+    """The cheapest way to see the list of layers as a prefix and equal units, the last of which may break off."""
     marked = [(kind, index in numbered) for index, kind in enumerate(kinds)]
     total, best = len(marked), Stack(path, len(marked), 1, 0, 0, 0)
     for unit in range(1, MAX_UNIT + 1):
@@ -120,7 +120,8 @@ def _repetition(path: str, kinds: list[Any], numbered: set[int], units: int) -> 
             ):
                 repeats += 1
             suffix = total - prefix - unit * repeats
-            if repeats > units and prefix + unit * units + suffix < best.layers:
+            goes_on = suffix < unit and marked[total - suffix :] == marked[prefix : prefix + suffix]
+            if goes_on and repeats > units and prefix + unit * units + suffix < best.layers:
                 best = Stack(path, prefix, unit, units, repeats, suffix)
     return best
 

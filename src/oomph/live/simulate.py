@@ -17,6 +17,7 @@ from oomph.core.trace import Stack, Trace
 from oomph.live.batch import Batch, Images, Shape, text_inputs
 from oomph.live.cuda_rules import CudaFunctions, CudaRules, Device
 from oomph.live.fake import WorstCase, answering
+from oomph.live.memo import Memo
 from oomph.live.model import part_finder, to_fake
 from oomph.live.step import LOSSES, commit, train_step
 from oomph.live.trace import Recorder, recording
@@ -45,6 +46,7 @@ class Simulator:
     def __init__(self, model: nn.Module, setup: Setup, stacks: list[Stack], images: Images | None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model, self._setup, self._stacks, self._images = model, setup, stacks, images
+        self._memo = Memo(self.mode)
         to_fake(model, self.mode)
         if setup.checkpointing == "blocks":
             checkpoint_blocks(model)
@@ -52,7 +54,7 @@ class Simulator:
     def trace(self, shape: Shape) -> Trace:
         """Two optimizer steps, the second of two micro-batches, and an evaluation, at one shape of the micro-batch."""
         rules = CudaRules(Device(self._setup.capability), self._setup.attention) if self._setup.capability else None
-        recorder = Recorder(self._model, self._stacks, rules)
+        recorder = Recorder(self._model, self._stacks, rules, self._memo.run)
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")

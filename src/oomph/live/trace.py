@@ -26,8 +26,13 @@ from oomph.live.layers import Owner, dtype_name, owners
 
 _EMPTY = Owner("", NOWHERE)
 _ROLES = {"forward": "activation", "recompute": "activation", "evaluate": "activation"}
+Run = Callable[[Any, Any, Any], Any]
 _DEVICE = torch.ops.prim.device.default
 _HOST_CONSTANT = torch.ops.aten.lift_fresh.default
+
+
+def _plainly(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 class Recorder(TorchDispatchMode):
@@ -37,10 +42,12 @@ class Recorder(TorchDispatchMode):
         model: whose modules own the storages.
         stacks: the model's stacks of layers, as `layers.shorten` gives them.
         rules: what CUDA allocates beside the traced operators' outputs; none to record the traced device as it is.
+        run: how an operator is run.
     """
 
-    def __init__(self, model: nn.Module, stacks: Sequence[Stack], rules: CudaRules | None = None) -> None:
+    def __init__(self, model: nn.Module, stacks: Sequence[Stack], rules: CudaRules | None = None, run: Run = _plainly) -> None:
         super().__init__()
+        self._run = run
         self.trace = Trace(stacks=list(stacks))
         self.phase = "load"
         self._rules = rules
@@ -222,7 +229,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        outputs = func(*args, **(kwargs or {}))
+        outputs = self._run(func, args, kwargs or {})
         if self._paused:
             return outputs
         owner, phase = self._owner_now()
@@ -330,7 +337,6 @@ def recording(recorder: Recorder, model: nn.Module) -> Iterator[None]:
             stack.callback(before.remove)
             stack.callback(after.remove)
         recorder.watch(model)
-        gc.collect()
         enabled = gc.isenabled()
         gc.disable()
         if enabled:
