@@ -109,8 +109,9 @@ class Footprint(Record):
 class Prediction(Record):
     """What one GPU of the stage needs, and whether the card has it.
 
-    `outside` names the parts of `outside_bytes`, which are not the allocator's. `by_role` and `by_module` are the blocks alive at the allocated peak; where the step fails, at the failing request.
-    `error_bound` is a fraction of `allocated_peak_bytes`; `leaves_out` says in words what is not counted.
+    `by_role` and `by_module` are the blocks alive at the allocated peak; where the step fails, at the failing request.
+    `outside` names the parts of `outside_bytes`, which are not the allocator's. `error_bound` is a fraction of
+    `allocated_peak_bytes`; `leaves_out` says in words what is not counted.
     """
 
     fits: bool

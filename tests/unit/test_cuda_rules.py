@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oomph.live.cuda_rules import CudaRules, Device, Extra, Program, cub
+from oomph.core import kernel_sizes
+from oomph.live.cuda_rules import CudaRules, Device, Extra, Program
 from oomph.units import MIB
 
 aten = torch.ops.aten
@@ -26,8 +27,29 @@ def _fake() -> Iterator[None]:
         yield
 
 
+def plain(found: Program | None) -> Program | None:
+    """The program without allocations of 0 bytes, which ask the allocator for nothing, and without how sizes are named."""
+    if found is None:
+        return None
+    kept: dict[int, int] = {}
+    after: list[Extra | int] = []
+    extras = [step for step in found.after if isinstance(step, Extra)]
+    number = 0
+    for step in found.after:
+        if isinstance(step, int):
+            after += [kept[step]] if step in kept else []
+            continue
+        if step.bytes:
+            kept[number] = len(kept)
+            after.append(step._replace(size="", arguments=()))
+        number += 1
+    assert number == len(extras)
+    before = tuple(step._replace(size="", arguments=()) for step in found.before if step.bytes)
+    return Program(before, tuple(after)) if before or after else None
+
+
 def program(device: Device, func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Program | None:
-    return CudaRules(device, "sdpa").program(func, args, kwargs, func(*args, **kwargs))
+    return plain(CudaRules(device, "sdpa").program(func, args, kwargs, func(*args, **kwargs)))
 
 
 def after(device: Device, func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> list[tuple[str, int]]:
@@ -184,12 +206,27 @@ def test_layer_norm_backward_splits_many_short_rows() -> None:
     assert len(after(H100, func, *wide)) == 2
 
 
-def test_layer_norm_copies_strided_inputs() -> None:
+def test_norms_copy_strided_inputs_first() -> None:
     patches = numbers(2, 64, 49).transpose(1, 2)
-    assert after(A100, aten.native_layer_norm.default, patches, [64], None, None, 1e-5) == [("contiguous", patches.numel() * 2)]
+    copied = Extra((2, 49, 64), bf16, "X")
+    assert program(A100, aten.native_layer_norm.default, patches, [64], None, None, 1e-5) == Program((copied,))
+    for func in (torch.ops.oomph_cuda.layer_norm.default, torch.ops.oomph_cuda.rms_norm.default):
+        assert program(A100, func, patches, 1) == Program((copied,))
+        assert program(A100, func, patches.contiguous(), 1) is None
     dense, statistics = numbers(2, 49, 64), numbers(2, 49, 1, dtype=fp32)
-    arguments = (dense, patches, [64], statistics, statistics, numbers(64), None, [True, True, False])
-    assert after(A100, aten.native_layer_norm_backward.default, *arguments) == [("X", patches.numel() * 2)]
+    rest = ([64], statistics, statistics, numbers(64), None, [True, True, False])
+    assert program(A100, aten.native_layer_norm_backward.default, dense, patches, *rest) == Program((copied,))
+    expected = Program(after=(copied._replace(name="dY"),))
+    assert program(A100, aten.native_layer_norm_backward.default, patches, dense, *rest) == expected
+
+
+def test_rms_norm_backward_splits_many_short_rows() -> None:
+    func, heads = torch.ops.oomph_cuda.rms_norm_backward.default, numbers(4, 1024, 32, 128)
+    blocks = min(32768 // (128 // 32), 131072 // 32)
+    assert after(A100, func, heads, heads, numbers(128), 1, [True, True]) == [("dgamma_blocks", blocks * 128 * 2)]
+    assert program(A100, func, heads, heads, numbers(128), 1, [True, False]) is None
+    assert program(A100, func, heads, heads, None, 1, [True, False]) is None
+    assert program(A100, func, numbers(4096, 4096), numbers(4096, 4096), numbers(4096), 1, [True, True]) is None
 
 
 def test_foreach_norm_holds_one_number_per_chunk() -> None:
@@ -270,7 +307,7 @@ def test_other_reductions_differ_in_the_partial_result(func: torch._ops.OpOverlo
     ],
 )
 def test_radix_sort_storage_is_what_cub_asks_for(device: Device, items: int, bits: int, expected: int) -> None:
-    assert cub.radix_sort_bytes(device, items, 8, bits) == expected
+    assert kernel_sizes.radix_sort(device.sm, items, 8, bits) == expected
 
 
 @pytest.mark.parametrize(
@@ -278,7 +315,7 @@ def test_radix_sort_storage_is_what_cub_asks_for(device: Device, items: int, bit
     [(1000, 8, 1279), (16384, 8, 1535), (100000, 8, 2815), (40000000, 8, 715519), (40000000, 4, 167679)],
 )
 def test_scan_storage_is_what_cub_asks_for(items: int, bytes_each: int, expected: int) -> None:
-    assert cub.scan_bytes(items, bytes_each) == expected
+    assert kernel_sizes.scan(items, bytes_each) == expected
 
 
 @pytest.mark.parametrize(
@@ -299,7 +336,7 @@ def test_scan_storage_is_what_cub_asks_for(items: int, bytes_each: int, expected
     ],
 )
 def test_unique_storage_is_what_cub_asks_for(device: Device, items: int, expected: int) -> None:
-    assert cub.unique_by_key_bytes(device, items) == expected
+    assert kernel_sizes.unique_by_key(device.sm, items) == expected
 
 
 def test_embedding_backward_sorts_many_indices() -> None:
@@ -313,7 +350,7 @@ def test_embedding_backward_sorts_many_indices() -> None:
     assert sizes == [index, one, index, 1279, 3, 2, index, index, 1279, 6, one, runs * 8, runs * 896 * 4]
     on_t4 = program(T4, aten.embedding_dense_backward.default, grad, tokens, 151936, -1, False)
     assert on_t4 is not None
-    assert on_t4.after[3] == Extra((cub.unique_by_key_bytes(T4, 8192),), torch.uint8, "unique_by_key")
+    assert named(on_t4.after[3:4]) == [("unique_by_key", kernel_sizes.unique_by_key(T4.sm, 8192))]
 
 
 def test_embedding_backward_of_few_rows_adds_atomically() -> None:

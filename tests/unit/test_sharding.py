@@ -487,6 +487,6 @@ def test_ddp_gradients_can_live_in_the_buckets(accumulation):
     before = [entry for segment in out.segments if segment is not last for entry in list(segment.timeline) * segment.repeat]
     for entry in [*before[: -len(out.segments[-1].timeline)], *last.timeline[:-6]]:
         walk.entry(entry)
-    assert walk.by_role["gradient"] < trained / 2
+    assert walk.by_role["gradient"] <= 2 * (2 * 40 * H) < trained
     repeats = [segment.repeat for segment in out.segments if segment.name == "step/next"]
     assert repeats == {1: [], 2: [1], 4: [2, 1]}[accumulation]

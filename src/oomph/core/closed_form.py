@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oomph.core.events import Kind
+from oomph.core.kernel_sizes import SIZES
 from oomph.core.trace import Parameter, Piece, Storage, Trace
 from oomph.core.unroll import Unrolled, unroll
 
@@ -64,8 +65,14 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def features(samples: int, tokens: int, images: int, trained: int) -> dict[str, int]:
-    """What a dimension can be proportional to. `trained` is the number of trainable parameters (tensors, not elements)."""
+def features(shape: Sequence[int], trained: int) -> dict[str, int]:
+    """What a dimension can be proportional to.
+
+    Args:
+        shape: (samples, tokens, images).
+        trained: how many parameters are trained, tensors and not elements.
+    """
+    samples, tokens, images = shape
     rows = samples * tokens
     chunk = -(-rows // LOSS_CHUNKS)
     return {
@@ -86,7 +93,11 @@ def features(samples: int, tokens: int, images: int, trained: int) -> dict[str, 
     }
 
 
-FEATURES = tuple(features(2, 3, 4, 5))
+FEATURES = tuple(features((2, 3, 4), 5))
+
+
+_PER_PARAMETER = {"aten.stack.default", "aten._foreach_norm.Scalar:output_per_tensor"}
+"""Operators whose output has a row for each trained parameter, where the gradient's norm is computed."""
 
 
 class Dimension(NamedTuple):
@@ -98,10 +109,11 @@ class Dimension(NamedTuple):
 
 
 class Formula(NamedTuple):
-    """A storage's size: the product of its dimensions times the bytes of an element."""
+    """A storage's size: the product of its dimensions times the bytes of an element, or `size` of the dimensions."""
 
     dimensions: tuple[Dimension, ...]
     itemsize: int
+    size: str = ""
 
 
 @dataclass
@@ -130,14 +142,22 @@ class ClosedForm:
 
     def dimensions(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
         """Every formula's dimensions at (samples, tokens, images), padded with ones: [formulas, 6]."""
-        values = np.array(list(features(*shape, self.trained).values()), dtype=np.int64)
+        values = np.array(list(features(shape, self.trained).values()), dtype=np.int64)
         index, factor, offset = self._columns
         return values[index] * factor + offset
 
     def sizes(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
         """Every formula's bytes at (samples, tokens, images)."""
-        result: npt.NDArray[np.int64] = self.dimensions(shape).prod(axis=1) * self._itemsizes
+        dimensions = self.dimensions(shape)
+        result: npt.NDArray[np.int64] = dimensions.prod(axis=1) * self._itemsizes
+        for number, function, width in self._functions:
+            result[number] = function(*dimensions[number, :width].tolist())
         return result
+
+    @functools.cached_property
+    def _functions(self) -> list[tuple[int, Callable[..., int], int]]:
+        """The formulas that a function evaluates: number, function, arguments."""
+        return [(n, SIZES[f.size], len(f.dimensions)) for n, f in enumerate(self.formulas) if f.size]
 
     @functools.cached_property
     def _columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -162,7 +182,7 @@ class ClosedForm:
             TypeError, ValueError, KeyError: the data was not written by `to_json`.
         """
         made = {
-            "formulas": [Formula(tuple(Dimension(*d) for d in dims), itemsize) for dims, itemsize in data["formulas"]],
+            "formulas": [Formula(tuple(Dimension(*d) for d in dims), *rest) for dims, *rest in data["formulas"]],
             "kinds": [Kind(*kind) for kind in data["kinds"]],
             "pieces": [Piece(*piece) for piece in data["pieces"]],
             "marks": [(int(at), str(phase)) for at, phase in data["marks"]],
@@ -186,13 +206,13 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
     for _, other in traces[1:]:
         if other.skeleton() != first.skeleton():
             raise NotClosed("the operators depend on the shape")
-    values = [features(*shape, sum(p.trainable for p in trace.parameters)) for shape, trace in traces]
+    values = [features(shape, sum(p.trainable for p in trace.parameters)) for shape, trace in traces]
     table = [list(column) for column in zip(*(v.values() for v in values), strict=True)]
     rows = zip(*(trace.storages for _, trace in traces), strict=True)
     found: dict[Any, Formula] = {}
     formulas = []
     for row in rows:
-        key = (row[0].itemsize, row[0].kind.phase == "optimizer", tuple((s.nbytes, s.shape) for s in row))
+        key = (row[0].itemsize, row[0].kind.op, row[0].size, tuple((s.nbytes, s.shape, s.arguments) for s in row))
         if key not in found:
             found[key] = _formula(row, table)
         formulas.append(found[key])
@@ -224,7 +244,11 @@ def _as_deep(first: Trace, trace: Trace) -> list[Any]:
 
 def _assemble(trace: Trace, whole: Unrolled, formulas: list[Formula]) -> ClosedForm:
     form = ClosedForm(
-        timeline=whole.timeline, pieces=whole.pieces, marks=whole.marks, parameters=whole.parameters, unclassified=trace.unclassified
+        timeline=whole.timeline,
+        pieces=whole.pieces,
+        marks=whole.marks,
+        parameters=whole.parameters,
+        unclassified=trace.unclassified,
     )
     formula_numbers: dict[Formula, int] = {}
     kind_numbers: dict[Kind, int] = {}
@@ -249,6 +273,9 @@ def constant_form(trace: Trace) -> ClosedForm:
 
 def _formula(row: Sequence[Storage], table: list[list[int]]) -> Formula:
     first = row[0]
+    if first.size:
+        arguments = zip(*(s.arguments for s in row), strict=True)
+        return Formula(tuple(_dimension(column, table, first) for column in arguments), 1, first.size)
     if all(s.nbytes == math.prod(s.shape) * s.itemsize for s in row):
         columns = zip(*(s.shape for s in row), strict=True)
     else:
@@ -259,8 +286,8 @@ def _formula(row: Sequence[Storage], table: list[list[int]]) -> Formula:
 def _dimension(values: tuple[int, ...], table: list[list[int]], storage: Storage) -> Dimension:
     """The simplest formula through the values: the smallest offset, and of those the first feature."""
     trained = FEATURES.index("trained")
-    if storage.kind.phase == "optimizer" and list(values) == table[trained]:
-        return Dimension(trained, 1, 0)
+    if storage.kind.op in _PER_PARAMETER and all(v % n == 0 for v, n in zip(values, table[trained], strict=True)):
+        return Dimension(trained, values[0] // table[trained][0], 0)
     if len(set(values)) == 1:
         return Dimension(0, values[0], 0)
     best: Dimension | None = None

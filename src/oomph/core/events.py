@@ -61,4 +61,5 @@ class Events:
     def request(self, storage: int) -> Request:
         """The storage as a record."""
         kind = self.kinds[storage]
-        return Request(self.sizes[storage], self.shapes[storage], kind.dtype, kind.op, self.module(storage), kind.phase, kind.role)
+        size, shape = self.sizes[storage], self.shapes[storage]
+        return Request(size, shape, kind.dtype, kind.op, self.module(storage), kind.phase, kind.role)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from oomph.core.closed_form import ClosedForm
-from oomph.records import Record
+from oomph.records import Attention, Record
 
 LIBRARIES = ("torch", "transformers")
 
@@ -38,7 +38,7 @@ class FormKey(Record):
     expert_layers: str
     trained: tuple[str, ...]
     frozen: tuple[str, ...]
-    attention: str
+    attention: Attention
     loss: str
     optimizer: str
     checkpointing: str

@@ -60,7 +60,7 @@ def _shard(form: ClosedForm, events: Events, choice: Choice) -> Events:
 class _Timelines(NamedTuple):
     """The pieces of a form's timeline, with what has to change where a piece runs again."""
 
-    pieces: dict[str, tuple[Sequence[int], tuple[tuple[int, str], ...]]]
+    pieces: dict[str, tuple[list[int], tuple[tuple[int, str], ...]]]
     persistent: frozenset[int]
     left: tuple[int, ...]
 
@@ -92,9 +92,8 @@ def _compose(form: ClosedForm, shape: Shape, accumulation: int, evaluated: Shape
     segments = [Segment("load", *cut.pieces["load"])]
     for step in ("warmup", "step"):
         again = step == "step"
-        segments.append(
-            Segment(f"{step}/first", *_without(first, first_marks, cut.persistent)) if again else Segment(f"{step}/first", first, first_marks)
-        )
+        gone = cut.persistent if again else frozenset()
+        segments.append(Segment(f"{step}/first", *_without(first, first_marks, gone)))
         if accumulation > 1:
             segments.append(Segment(f"{step}/next", *cut.pieces["next"], accumulation - 1))
         ending = ([*optimizer, *(~s for s in cut.left)], optimizer_marks) if again else cut.pieces["warmup/optimizer"]
@@ -113,18 +112,22 @@ def _without(
 
 
 def _columns(form: ClosedForm, shape: Shape, evaluated: Shape | None, segments: list[Segment]) -> Events:
-    sizes, dimensions = form.sizes(shape), form.dimensions(shape)
-    columns = np.array(form.formula)
-    nbytes = sizes[columns].tolist()
-    shapes = _shapes(form, dimensions.tolist())
+    sizes = form.sizes(shape)
+    nbytes = sizes[np.array(form.formula)].tolist()
+    shapes = _shapes(form, form.dimensions(shape).tolist(), sizes.tolist())
     rows = [shapes[number] for number in form.formula]
     if evaluated is not None and evaluated != shape:
-        other, other_shapes = form.sizes(evaluated).tolist(), _shapes(form, form.dimensions(evaluated).tolist())
+        other = form.sizes(evaluated).tolist()
+        other_shapes = _shapes(form, form.dimensions(evaluated).tolist(), other)
         for storage in (s for s in segments[-1].timeline if s >= 0):
             nbytes[storage], rows[storage] = other[form.formula[storage]], other_shapes[form.formula[storage]]
     kinds = [form.kinds[number] for number in form.kind]
     return Events(nbytes, rows, kinds, list(form.layer), list(form.parameter), segments)
 
 
-def _shapes(form: ClosedForm, dimensions: list[list[int]]) -> list[tuple[int, ...]]:
-    return [tuple(row[: len(formula.dimensions)]) for row, formula in zip(dimensions, form.formulas, strict=True)]
+def _shapes(form: ClosedForm, dimensions: list[list[int]], sizes: list[int]) -> list[tuple[int, ...]]:
+    """The shape of each formula's storage; one of as many bytes where a function gives its size."""
+    return [
+        (nbytes,) if formula.size else tuple(row[: len(formula.dimensions)])
+        for row, formula, nbytes in zip(dimensions, form.formulas, sizes, strict=True)
+    ]

@@ -18,7 +18,6 @@ from oomph.core.layout import Shape, evaluation_shape, lay_out, lay_out_evaluati
 from oomph.recipe import Parts, Recipe, Stage, data_of, stage_of
 from oomph.records import Choice, Plan, StagePlan
 
-
 LOOPS_OVER_IMAGES = frozenset({"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "paddleocr_vl", "kimi_k25"})
 """Models whose vision towers attend within one image after the other, so that their operators depend on the number."""
 
@@ -144,5 +143,6 @@ def _model_kind(recipe: Recipe, folders: dict[str, str | None]) -> tuple[str, bo
 
 def _folders(recipe: Recipe) -> dict[str, str | None]:
     if isinstance(recipe.model, Parts):
-        return {"model": None, "vision": str(find_model(recipe.model.vision)), "language": str(find_model(recipe.model.language))}
+        vision, language = find_model(recipe.model.vision), find_model(recipe.model.language)
+        return {"model": None, "vision": str(vision), "language": str(language)}
     return {"model": str(find_model(recipe.model)), "vision": None, "language": None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from oomph.core.allocator import Allocator, AllocatorSettings, Replay, replay
 from oomph.core.devices import Gpu, outside
@@ -14,7 +14,9 @@ from oomph.records import Choice, FailingRequest, PhasePeak, Prediction
 LARGEST = 8
 
 
-def predict(events: Events, choice: Choice, gpu: Gpu, unclassified: dict[str, int], evaluation: Events | None = None) -> Prediction:
+def predict(
+    events: Events, choice: Choice, gpu: Gpu, unclassified: dict[str, int], evaluation: Events | None = None
+) -> Prediction:
     """What one rank needs of a card, and whether it fits.
 
     Args:
@@ -73,8 +75,7 @@ def _split(phases: tuple[PhasePeak, ...]) -> tuple[tuple[PhasePeak, ...], PhaseP
     return step, next((phase for phase in phases if phase.phase == "evaluate"), None)
 
 
-def _sums(blocks: dict[int, int], name: object) -> dict[str, int]:
-    assert callable(name)
+def _sums(blocks: dict[int, int], name: Callable[[int], str]) -> dict[str, int]:
     sums: dict[str, int] = defaultdict(int)
     for storage, nbytes in blocks.items():
         sums[name(storage)] += nbytes
@@ -108,5 +109,5 @@ def leaves_out(choice: Choice, unclassified: dict[str, int]) -> tuple[str, ...]:
         items.append("communicators beyond the first")
     if unclassified:
         names = ", ".join(sorted(unclassified)[:4]) + (" ..." if len(unclassified) > 4 else "")
-        items.append(f"temporaries of {len(unclassified)} operators whose CUDA kernels nobody has looked at: {names}")
+        items.append(f"temporaries of operators whose CUDA kernels nobody has looked at: {names}")
     return tuple(items)

@@ -82,8 +82,9 @@ def static_bytes(
     """Resident bytes of one rank by role: what is alive when the optimizer's step begins, in closed arithmetic.
 
     Keys are ``weight``, ``gradient``, ``optimizer`` (master weights, moments, step counters on the GPU) and
-    ``communication`` (buckets, gathered weights that stay). Buffers of the model, activations and library workspaces are
-    not counted. Without sharding and under DDP the moments have the parameters' dtype, as AdamW makes them.
+    ``communication`` (buckets, gathered weights that persist). Buffers of the model, activations, library workspaces and
+    gathered weights that stage 3 happens not to have released are not counted.
+    Without sharding and under DDP the moments have the parameters' dtype, as AdamW makes them.
 
     Raises:
         UserError: as `shard` does.

@@ -52,6 +52,8 @@ class Storage(NamedTuple):
         kind: what it is, with ``{}`` for the layer's number.
         home: the place it belongs to: that of its module, `NOWHERE` outside the layers.
         parameter: the index of the parameter whose weight, gradient or state it is, or -1.
+        size: where the bytes are no product of dimensions, the name in `kernel_sizes.SIZES` of what gives them.
+        arguments: what `size` is called with.
     """
 
     nbytes: int
@@ -60,6 +62,8 @@ class Storage(NamedTuple):
     kind: Kind
     home: int
     parameter: int = -1
+    size: str = ""
+    arguments: tuple[int, ...] = ()
 
 
 class Stack(NamedTuple):
@@ -110,5 +114,5 @@ class Trace:
 
     def skeleton(self) -> tuple[object, ...]:
         """What must be equal for two shapes to share a closed form: everything but the sizes."""
-        kinds = [(s.kind, s.home, s.parameter, len(s.shape), s.itemsize) for s in self.storages]
+        kinds = [(s.kind, s.home, s.parameter, len(s.shape), s.itemsize, s.size, len(s.arguments)) for s in self.storages]
         return kinds, self.timeline, self.places, self.pieces, self.marks

@@ -9,6 +9,7 @@ backward. A storage that unit 2 frees belongs to itself or to a neighbour, and t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Trace, layer_of, stack_of
@@ -120,7 +121,7 @@ class _Unroller:
         units = [self._units[where] for where in self.trace.places]
         cuts |= {n for n in range(1, len(units)) if units[n] != units[n - 1]}
         edges = sorted(cuts)
-        return [_Run(a, b, *units[a]) for a, b in zip(edges, edges[1:], strict=False)]
+        return [_Run(a, b, *units[a]) for a, b in pairwise(edges)]
 
     def _find_slots(self) -> None:
         """Finds for every birth in a middle unit the births in the other middle units that correspond to it."""

@@ -51,6 +51,11 @@ def _side(value: int | list[int] | tuple[int, ...]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
+def _first(config: PretrainedConfig, *names: str) -> Any:
+    """The first of a configuration's settings that it has: models name the same thing in several ways."""
+    return next(value for name in names if (value := getattr(config, name, None)) is not None)
+
+
 def _fixed(config: PretrainedConfig, vision: PretrainedConfig) -> Images:
     """Images of the one size that the tower was trained for."""
     side, patch = _side(vision.image_size), _side(vision.patch_size)
@@ -82,31 +87,25 @@ def _tiled(config: PretrainedConfig, vision: PretrainedConfig, image_size: tuple
     return Images(tokens * tiles, inputs)
 
 
-# The grid's name among the model's inputs, and the pixels of a side of one token.
-_GRIDS = {
-    "qwen2_5_vl": "image_grid_thw",
-    "qwen3_vl": "image_grid_thw",
-    "qwen3_vl_moe": "image_grid_thw",
-    "paddleocr_vl": "image_grid_thw",
-    "kimi_k25": "image_grid_thw",
-}
+_GRIDS = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "paddleocr_vl", "kimi_k25"}
 
 
 def _grid(config: PretrainedConfig, vision: PretrainedConfig, image_size: tuple[int, int] | None) -> Images:
     """Images of any size, cut into patches; several neighbouring patches become one token."""
     patch = _side(vision.patch_size)
-    merge = _side(getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_kernel_size", 2))
+    merge = _side(_first(vision, "spatial_merge_size", "merge_kernel_size"))
     unit = patch * merge
     height, width = (max(unit, round(side / unit) * unit) for side in image_size or (448, 448))
     rows, columns = height // patch, width // patch
     frames = getattr(vision, "temporal_patch_size", 1)
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or getattr(vision, "num_channels", 3)
+    channels = _side(_first(vision, "in_channels", "in_chans", "num_channels"))
     flat = config.model_type not in ("paddleocr_vl", "kimi_k25")
 
     def inputs(images: int, dtype: torch.dtype) -> Batch:
         patches = images * rows * columns
         pixels = (patches, channels * frames * patch * patch) if flat else (patches, channels, patch, patch)
-        return {"pixel_values": torch.empty(pixels, dtype=dtype), _GRIDS[config.model_type]: torch.tensor([[1, rows, columns]] * images)}
+        grid = torch.tensor([[1, rows, columns]] * images)
+        return {"pixel_values": torch.empty(pixels, dtype=dtype), "image_grid_thw": grid}
 
     return Images(rows * columns // merge**2, inputs)
 

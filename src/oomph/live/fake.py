@@ -40,6 +40,9 @@ _ARANGE = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step}
 class WorstCase(TorchDispatchMode):
     """Gives values to ranges and lets every condition select everything. Enter it inside the fake mode."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
@@ -69,7 +72,9 @@ def _numbers(index: Any) -> list[Any]:
         return [index]
     if _unknown(index):
         return [index.new_empty((index.numel(),), dtype=torch.long) for _ in range(index.dim())]
-    found = _really_run(index.constant.nonzero, (), {"as_tuple": True}) if isinstance(index, FakeTensor) else []
+    values = index.constant if isinstance(index, FakeTensor) else index
+    assert values is not None
+    found = _really_run(values.nonzero, (), {"as_tuple": True})
     return [_faked(numbers) for numbers in found]
 
 
@@ -111,7 +116,8 @@ def answering() -> Iterator[None]:
 @contextmanager
 def _real_helpers() -> Iterator[None]:
     """Lets the functions of transformers' vision_utils run on real values, wherever they were imported."""
-    helpers = {f: _really(f) for _, f in inspect.getmembers(vision_utils, inspect.isfunction) if f.__module__ == vision_utils.__name__}
+    functions = [function for _, function in inspect.getmembers(vision_utils, inspect.isfunction)]
+    helpers = {function: _really(function) for function in functions if function.__module__ == vision_utils.__name__}
     replaced: list[tuple[Any, str, Any]] = []
     for name, module in list(sys.modules.items()):
         if name.startswith("transformers.models."):

@@ -96,8 +96,9 @@ def _numbered(model: nn.Module, path: str) -> set[int]:
             if numbers:
                 return set(numbers)
         vision = getattr(getattr(model, "config", None), "vision_config", None)
-        if "language_model" in stem and getattr(vision, "deepstack_visual_indexes", None):
-            return set(range(len(vision.deepstack_visual_indexes)))
+        deep = getattr(vision, "deepstack_visual_indexes", None)
+        if "language_model" in stem and deep:
+            return set(range(len(deep)))
     return set()
 
 

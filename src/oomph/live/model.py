@@ -13,14 +13,24 @@ os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from oomph.errors import UserError
 from oomph.live.attention import hf_attention
+from oomph.live.moe import Experts
 
 _VISION = {"vision_tower", "visual", "vision_model", "vision_encoder"}
-_PROJECTOR = {"multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp_AR", "merger", "deepstack_merger_list"}
+_PROJECTOR = {"multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp_AR", "merger"} | {
+    "deepstack_merger_list"
+}
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -30,7 +40,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         UserError: transformers does not know the model's type or cannot read the file.
     """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return config
     except (ValueError, KeyError, OSError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {first}") from None
@@ -53,7 +64,7 @@ def compose_llava(vision: PretrainedConfig, language: PretrainedConfig, feature_
     )
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
+def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model on the ``meta`` device, in training mode, its weights' shapes and nothing else.
 
     Raises:
@@ -71,12 +82,13 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Mo
             "name it as the vision part of a model that is made of parts",
         )
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, dtype=dtype, attn_implementation=hf_attention(attention))
-    model.tie_weights()  # type: ignore[operator]
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, attn_implementation=hf_attention(attention))
+    model.tie_weights()
     for sub in (config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))):
         if sub is not None:
             sub.use_cache = False
-    return model.train()
+    model.train()
+    return model
 
 
 def projector(kind: str, inputs: int, outputs: int) -> nn.Module:
@@ -90,11 +102,11 @@ def projector(kind: str, inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def part_finder(model: nn.Module) -> Callable[[str], str]:
+def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
     """A function from a parameter's name to its part: vision, projector, language, experts, router or head."""
-    experts = {path for path, module in model.named_modules() if hasattr(module, "_is_expert_parallel") or type(module).__name__ == "Experts"}
+    experts = {path for path, module in model.named_modules() if _holds_experts(module)}
     routed = {path.rpartition(".")[0] for path in experts}
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     heads = {path for path, module in model.named_modules() if module is head}
 
     def part(name: str) -> str:
@@ -116,6 +128,10 @@ def part_finder(model: nn.Module) -> Callable[[str], str]:
     return part
 
 
+def _holds_experts(module: nn.Module) -> bool:
+    return hasattr(module, "_is_expert_parallel") or isinstance(module, Experts)
+
+
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Turns every parameter and buffer from ``meta`` into a fake tensor on the CPU, in place; tied weights stay tied."""
     fakes: dict[int, Tensor] = {}
@@ -125,7 +141,8 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
         if id(tensor) not in fakes:
             keep.append(tensor)
             new: Tensor = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
-            fakes[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            trained = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if trained else new
         return fakes[id(tensor)]
 
     for module in model.modules():

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from transformers import PretrainedConfig, PreTrainedModel
 
+from oomph.core.layout import Shape
 from oomph.core.trace import Stack, Trace
-from oomph.live.batch import Batch, Images, Shape, text_inputs
+from oomph.errors import UntraceableError
+from oomph.live.batch import Batch, Images, text_inputs
 from oomph.live.cuda_rules import CudaFunctions, CudaRules, Device
 from oomph.live.fake import WorstCase, answering
 from oomph.live.memo import Memo
 from oomph.live.model import part_finder, to_fake
 from oomph.live.step import LOSSES, commit, train_step
 from oomph.live.trace import Recorder, recording
+from oomph.records import Attention
+
+_UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True)
 class Setup:
     """What of the Choice changes the trace. `capability` is the card's, (major, minor); none switches the CUDA rules off."""
 
-    attention: str
+    attention: Attention
     loss: str
     optimizer: str
     checkpointing: str
@@ -43,7 +59,7 @@ class Simulator:
         images: how the model takes images, none for a text model.
     """
 
-    def __init__(self, model: nn.Module, setup: Setup, stacks: list[Stack], images: Images | None) -> None:
+    def __init__(self, model: PreTrainedModel, setup: Setup, stacks: list[Stack], images: Images | None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model, self._setup, self._stacks, self._images = model, setup, stacks, images
         self._memo = Memo(self.mode)
@@ -52,7 +68,11 @@ class Simulator:
             checkpoint_blocks(model)
 
     def trace(self, shape: Shape) -> Trace:
-        """Two optimizer steps, the second of two micro-batches, and an evaluation, at one shape of the micro-batch."""
+        """A step of two micro-batches, the commit of a second step, and an evaluation, at one shape of the micro-batch.
+
+        Raises:
+            UntraceableError: the model's code asks for values that fake tensors do not have.
+        """
         rules = CudaRules(Device(self._setup.capability), self._setup.attention) if self._setup.capability else None
         recorder = Recorder(self._model, self._stacks, rules, self._memo.run)
         with ExitStack() as stack:
@@ -65,10 +85,13 @@ class Simulator:
             recorder.load(self._model, part_finder(self._model))
             stack.enter_context(recording(recorder, self._model))
             if rules is not None:
-                stack.enter_context(_patched(CudaFunctions(rules)))
-            self._run(recorder, shape)
+                stack.enter_context(CudaFunctions(rules))
+            try:
+                self._run(recorder, shape)
+            except _UNTRACEABLE as error:
+                raise _untraceable(recorder, error) from error
         recorder.finish()
-        name_roles(recorder.trace, self._model.config.get_text_config(), shape)  # type: ignore[union-attr]
+        name_roles(recorder.trace, self._model.config.get_text_config(), shape)
         return recorder.trace
 
     def _run(self, recorder: Recorder, shape: Shape) -> None:
@@ -89,7 +112,7 @@ class Simulator:
         recorder.start("step/optimizer")
         recorder.enter("optimizer")
         for parameter in optimizer.state:
-            recorder.revive(parameter)
+            recorder.revive(numbers[id(parameter)], parameter)
         commit(optimizer)
         recorder.start("evaluate")
         del optimizer, state, tensors
@@ -103,6 +126,14 @@ class Simulator:
         self._model.train()
 
 
+def _untraceable(recorder: Recorder, error: Exception) -> UntraceableError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UntraceableError(
+        f"{recorder.whereabouts()} cannot run without real values: {reason}",
+        "its operators need sizes that depend on values, or have no meta kernel (torch.library.register_fake adds one)",
+    )
+
+
 def _announcer(recorder: Recorder) -> Callable[[str, int], None]:
     def on(phase: str, index: int) -> None:
         if phase == "forward":
@@ -114,14 +145,14 @@ def _announcer(recorder: Recorder) -> Callable[[str, int], None]:
     return on
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
+def checkpoint_blocks(model: PreTrainedModel) -> None:
     """Every block keeps its inputs only and is computed again in the backward.
 
     transformers also makes the embeddings' outputs require gradients, for adapters on a frozen model; a frozen vision
     tower would keep a graph for nothing, so that is undone.
     """
-    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    model.disable_input_require_grads()  # type: ignore[operator]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
 
 
 def make_optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
@@ -145,18 +176,3 @@ def name_roles(trace: Trace, config: PretrainedConfig, shape: Shape) -> None:
         if role:
             trace.storages[number] = storage._replace(kind=storage.kind._replace(role=role))
 
-
-@contextmanager
-def _patched(functions: CudaFunctions) -> Iterator[None]:
-    """Replaces the functions for good: a `TorchFunctionMode` is not active in the backward, where blocks are recomputed."""
-    changed: list[tuple[Any, str, Any]] = []
-    for owner in (torch, nn.functional, Tensor):
-        for name, value in list(vars(owner).items()):
-            if callable(value) and value in functions._handlers:
-                changed.append((owner, name, value))
-                setattr(owner, name, functions._handlers[value])
-    try:
-        yield
-    finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)

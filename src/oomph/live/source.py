@@ -11,8 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from oomph.core.closed_form import Family, NotClosed, constant_form, fit
 from oomph.core.forms import FormKey, Traced
@@ -81,12 +80,13 @@ def read_model_config(key: FormKey) -> PretrainedConfig:
     """
     if key.model is not None:
         return read_config(Path(key.model))
-    assert key.vision is not None and key.language is not None
+    assert key.vision is not None
+    assert key.language is not None
     vision, language = read_config(Path(key.vision)), read_config(Path(key.language))
     return compose_llava(vision, language, key.vision_feature_layer, key.vision_feature_select)
 
 
-def build_model(key: FormKey, config: PretrainedConfig) -> nn.Module:
+def build_model(key: FormKey, config: PretrainedConfig) -> PreTrainedModel:
     """The key's model on the ``meta`` device, upcycled where the stage asks for it, with what trains requiring gradients.
 
     Raises:
@@ -104,19 +104,20 @@ def build_model(key: FormKey, config: PretrainedConfig) -> nn.Module:
     rates = cover(rules, [(name, part(name)) for name, _ in named])  # type: ignore[arg-type]
     for name, parameter in named:
         parameter.requires_grad_(rates[name] is not None)
-    return model.train()
+    model.train()
+    return model
 
 
-def _set_projector(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
+def _set_projector(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
     """Replaces LLaVA's projector, which is ``mlp2x_gelu``, where the recipe names another."""
     if kind == "mlp2x_gelu":
         return
-    sizes = model.config.vision_config.hidden_size, model.config.text_config.hidden_size  # type: ignore[union-attr]
+    sizes = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
     with torch.device("meta"):
-        model.model.multi_modal_projector = projector(kind, *sizes).to(dtype)  # type: ignore[union-attr]
+        model.base_model.multi_modal_projector = projector(kind, *sizes).to(dtype)
 
 
-def _simulator(key: FormKey, model: nn.Module, images: Images | None, units: int) -> Simulator:
+def _simulator(key: FormKey, model: PreTrainedModel, images: Images | None, units: int) -> Simulator:
     stacks = shorten(model, units)
     capability = (key.capability[0], key.capability[1]) if key.capability else None
     setup = Setup(key.attention, key.loss, key.optimizer, key.checkpointing, capability)

@@ -16,36 +16,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 Batch = dict[str, Any]
+Loss = Callable[[PreTrainedModel, Batch, int], Tensor]
+"""A model, a micro-batch and the label tokens of the whole step to the micro-batch's share of the loss."""
 
 IGNORED = -100
 LOSS_CHUNKS = 16
 
 
-def full_loss(model: nn.Module, batch: Batch, num_tokens: int) -> Tensor:
+def full_loss(model: PreTrainedModel, batch: Batch, num_tokens: int) -> Tensor:
     """Cross-entropy over full logits as transformers computes it: summed over tokens in fp32, divided by `num_tokens`."""
     loss: Tensor = model(**batch, num_items_in_batch=num_tokens).loss
     return loss
 
 
-def full_shifted_loss(model: nn.Module, batch: Batch, num_tokens: int) -> Tensor:
+def full_shifted_loss(model: PreTrainedModel, batch: Batch, num_tokens: int) -> Tensor:
     """As transformers before 4.46: the fp32 logits are shifted by a copy before the cross-entropy."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs).logits.float()
     shifted, labels = logits[:, :-1, :].contiguous(), batch["labels"][:, 1:].contiguous()
-    return nn.functional.cross_entropy(shifted.view(-1, shifted.shape[-1]), labels.view(-1), ignore_index=IGNORED, reduction="sum") / num_tokens
+    return _summed(shifted.view(-1, shifted.shape[-1]), labels.view(-1)) / num_tokens
 
 
-def chunked_loss(model: nn.Module, batch: Batch, num_tokens: int) -> Tensor:
+def chunked_loss(model: PreTrainedModel, batch: Batch, num_tokens: int) -> Tensor:
     """The same sum without the logits of the whole batch: head and cross-entropy run on one chunk of tokens at a time.
 
     There are `LOSS_CHUNKS` chunks whatever the batch, and each chunk's logits are computed again in the backward, so that
     only one chunk's logits exist at any time.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    hidden = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = model.base_model(**inputs).last_hidden_state
+    head = model.get_output_embeddings()
     labels = nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].reshape(-1)
     size = -(-labels.numel() // LOSS_CHUNKS)
     losses = [
@@ -56,10 +59,14 @@ def chunked_loss(model: nn.Module, batch: Batch, num_tokens: int) -> Tensor:
 
 
 def _chunk_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(head(hidden).float(), labels, ignore_index=IGNORED, reduction="sum")
+    return _summed(head(hidden).float(), labels)
 
 
-LOSSES: dict[str, Callable[[nn.Module, Batch, int], Tensor]] = {
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+LOSSES: dict[str, Loss] = {
     "full": full_loss,
     "full-shifted": full_shifted_loss,
     "chunked": chunked_loss,
@@ -67,10 +74,10 @@ LOSSES: dict[str, Callable[[nn.Module, Batch, int], Tensor]] = {
 
 
 def train_step(
-    model: nn.Module,
+    model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Callable[[], Batch]],
-    loss: Callable[[nn.Module, Batch, int], Tensor],
+    loss: Loss,
     num_tokens: int,
     max_grad_norm: float | None = 1.0,
     on: Callable[[str, int], None] = lambda phase, index: None,
@@ -89,7 +96,10 @@ def train_step(
     total: Tensor | None = None
     for index, collate in enumerate(batches):
         on("forward", index)
-        value = _micro_step(model, collate, loss, num_tokens, lambda index=index: on("backward", index))
+        value = loss(model, collate(), num_tokens)
+        on("backward", index)
+        value.backward()
+        value = value.detach()
         total = value if total is None else total.add_(value)
         del value
     on("optimizer", len(batches))
@@ -105,12 +115,3 @@ def commit(optimizer: torch.optim.Optimizer, max_grad_norm: float | None = 1.0) 
         nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _micro_step(
-    model: nn.Module, collate: Callable[[], Batch], loss: Callable[[nn.Module, Batch, int], Tensor], num_tokens: int, backward: Callable[[], None]
-) -> Tensor:
-    value = loss(model, collate(), num_tokens)
-    backward()
-    torch.autograd.backward(value)
-    return value.detach()

@@ -8,6 +8,7 @@ forward each operator, also of the backward, belongs to.
 from __future__ import annotations
 
 import bisect
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from oomph.core.events import Kind
 from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Storage, Trace, layer_of, stack_of
@@ -46,7 +48,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, stacks: Sequence[Stack], rules: CudaRules | None = None, run: Run = _plainly) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._run = run
         self.trace = Trace(stacks=list(stacks))
         self.phase = "load"
@@ -88,12 +90,11 @@ class Recorder(TorchDispatchMode):
         yield
         self._inputs = False
 
-    def revive(self, parameter: nn.Parameter) -> None:
+    def revive(self, index: int, parameter: Tensor) -> None:
         """Gives the parameter a gradient that stands for the one of the first micro-batch, which has died since."""
         self._paused = True
         gradient = torch.empty_like(parameter)
         self._paused = False
-        index = self._parameter_index[id(parameter)]
         rows = self.trace.storages
         number = next(n for n, s in enumerate(rows) if s.parameter == index and s.kind.role == "gradient")
         self._adopt(gradient, number)
@@ -116,7 +117,8 @@ class Recorder(TorchDispatchMode):
             tensors: Iterable[Tensor | None] = (*module._parameters.values(), *module._buffers.values())
             for tensor in tensors:
                 if tensor is not None and tensor.untyped_storage()._cdata not in self._live:
-                    self._birth(tensor, Kind("load", owner.template, "load", "weight", dtype_name(tensor.dtype)), owner.place, owner.place, index.get(id(tensor), -1))
+                    kind = Kind("load", owner.template, "load", "weight", dtype_name(tensor.dtype))
+                    self._birth(tensor, kind, owner.place, owner.place, index.get(id(tensor), -1))
 
     def assign(self, tensors: Iterable[tuple[int, Tensor]], role: str) -> None:
         """Gives the storages of tensors a role and the parameter they belong to, and that parameter's home."""
@@ -134,10 +136,16 @@ class Recorder(TorchDispatchMode):
         home = storage.home if owner is None else owner.place
         self.trace.storages[number] = storage._replace(kind=kind, home=home, parameter=parameter)
 
+    def whereabouts(self) -> str:
+        """The module that runs now, for a message."""
+        path = self._frames[-1].template if self._frames else ""
+        layer = str(layer_of(self._here)) if self._here != NOWHERE else ""
+        return path.replace("{}", layer) or "the model"
+
     # Modules.
 
-    def push(self, path: str) -> int:
-        """A module's forward begins; returns the depth to give back to `pop`."""
+    def enter_module(self, path: str) -> int:
+        """A module's forward begins; returns the depth to give back to `leave_module`."""
         owner = self._owners[path]
         self._frames.append(owner)
         self._note(owner)
@@ -145,18 +153,19 @@ class Recorder(TorchDispatchMode):
             self._here = owner.place
         return len(self._frames) - 1
 
-    def pop(self, depth: int) -> None:
-        """The forward that `push` announced has ended, normally or by an exception."""
+    def leave_module(self, depth: int) -> None:
+        """The forward that `enter_module` announced has ended, normally or by an exception."""
         del self._frames[depth:]
         self._note(self._frames[-1] if self._frames else _EMPTY)
-        if self.phase in ("forward", "evaluate") and not (self._frames and self._frames[-1].place != NOWHERE) and self._is_last(self._here):
+        outside = not self._frames or self._frames[-1].place == NOWHERE
+        if self.phase in ("forward", "evaluate") and outside and self._is_last(self._here):
             self._here = NOWHERE
 
     def _is_last(self, where: int) -> bool:
         return where != NOWHERE and layer_of(where) == self.trace.stacks[stack_of(where)].layers - 1
 
     def _note(self, owner: Owner) -> None:
-        self._sequence.append(torch.autograd._get_sequence_nr())
+        self._sequence.append(_sequence_number())
         self._sequence_owner.append(owner)
 
     def _owner_now(self) -> tuple[Owner, str]:
@@ -189,23 +198,24 @@ class Recorder(TorchDispatchMode):
         self.trace.timeline.append(entry)
         self.trace.places.append(where)
 
-    def _new(self, nbytes: int, shape: tuple[int, ...], itemsize: int, kind: Kind, home: int, where: int, parameter: int = -1) -> int:
+    def _new(self, storage: Storage, where: int) -> int:
         number = len(self.trace.storages)
-        self.trace.storages.append(Storage(nbytes, shape, itemsize, kind, home, parameter))
+        self.trace.storages.append(storage)
         self._event(number, where)
         return number
 
     def _birth(self, tensor: Tensor, kind: Kind, home: int, where: int, parameter: int = -1) -> None:
         storage = tensor.untyped_storage()
-        number = self._new(storage.nbytes(), tuple(tensor.shape), tensor.element_size(), kind, home, where, parameter)
+        row = Storage(storage.nbytes(), tuple(tensor.shape), tensor.element_size(), kind, home, parameter)
+        number = self._new(row, where)
         self._adopt(tensor, number)
 
     def _adopt(self, tensor: Tensor, number: int) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        self._live[key] = (number, weakref.ref(storage, lambda _, key=key: self._death(key)))
+        self._live[key] = (number, weakref.ref(storage, functools.partial(self._death, key)))
 
-    def _death(self, key: int) -> None:
+    def _death(self, key: int, _: object) -> None:
         entry = self._live.pop(key, None)
         if entry is None:
             return
@@ -216,11 +226,9 @@ class Recorder(TorchDispatchMode):
         self._event(~number, home if own else self._here)
 
     def _extra(self, extra: Extra, op: str, owner: Owner, phase: str, where: int) -> int:
-        count = 1
-        for dim in extra.shape:
-            count *= dim
         kind = Kind(f"{op}:{extra.name}", owner.template, phase, "temporary", dtype_name(extra.dtype))
-        return self._new(count * extra.dtype.itemsize, extra.shape, extra.dtype.itemsize, kind, owner.place, where)
+        size = (extra.size, extra.arguments)
+        return self._new(Storage(extra.bytes, extra.shape, extra.dtype.itemsize, kind, owner.place, -1, *size), where)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -235,7 +243,7 @@ class Recorder(TorchDispatchMode):
         owner, phase = self._owner_now()
         if owner.place != NOWHERE:
             self._here = owner.place
-        if phase == "backward" and func is torch.ops.aten.add_.Tensor or func is torch.ops.aten.detach.default:
+        if (phase == "backward" and func is torch.ops.aten.add_.Tensor) or func is torch.ops.aten.detach.default:
             self._gradient(args)
         program = self._rules.program(func, args, kwargs or {}, outputs) if self._rules is not None else None
         name = str(func)
@@ -259,7 +267,7 @@ class Recorder(TorchDispatchMode):
         for position, tensor in enumerate(_tensors(outputs)):
             if tensor.untyped_storage()._cdata in self._live:
                 continue
-            if self._rules is not None and (self._rules.on_host(func, position) or (func is _HOST_CONSTANT and kind.phase == "optimizer")):
+            if self._rules is not None and self._on_host(func, position, kind.phase):
                 continue
             home = owner.place
             if kind.phase == "optimizer":
@@ -268,10 +276,16 @@ class Recorder(TorchDispatchMode):
             self._birth(tensor, kind._replace(role=role, dtype=dtype_name(tensor.dtype)), home, self._here)
             if self._rules is not None and not self._rules.classified(func):
                 key = str(func)
-                self.trace.unclassified[key] = max(self.trace.unclassified.get(key, 0), tensor.untyped_storage().nbytes())
+                known = self.trace.unclassified.get(key, 0)
+                self.trace.unclassified[key] = max(known, tensor.untyped_storage().nbytes())
+
+    def _on_host(self, func: Any, position: int, phase: str) -> bool:
+        """Whether an output lives on the CPU; in the optimizer, numbers that become tensors do."""
+        assert self._rules is not None
+        return self._rules.on_host(func, position) or (func is _HOST_CONSTANT and phase == "optimizer")
 
     def _home_of(self, args: Sequence[Any], position: int) -> int:
-        """In the optimizer: the home of the first argument's storage, of its `position`-th where it is a list; else the last one's."""
+        """In the optimizer: the home of the first argument, of its `position`-th where it is a list; else the last one's."""
         first = args[0] if args else None
         if isinstance(first, list | tuple):
             first = first[position] if position < len(first) else None
@@ -298,11 +312,11 @@ class Recorder(TorchDispatchMode):
     def _library(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], phase: str) -> None:
         assert self._rules is not None
         thread = "autograd" if phase in ("backward", "recompute") else "main"
-        for key, nbytes in self._rules.workspaces(func, args, kwargs):
+        for key, nbytes in self._rules.workspaces(func, tuple(args), kwargs):
             if (key, thread) not in self._workspaces:
                 self._workspaces.add((key, thread))
                 kind = Kind(f"{key} ({thread} thread)", "", phase, "workspace", "uint8")
-                self._new(nbytes, (nbytes,), 1, kind, NOWHERE, NOWHERE)
+                self._new(Storage(nbytes, (nbytes,), 1, kind, NOWHERE), NOWHERE)
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:
@@ -322,20 +336,35 @@ def _children_first(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return visit("", model)
 
 
+def _hook(recorder: Recorder, path: str, module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    """Tells the recorder when the module's forward begins and ends; a forward may run inside itself."""
+    depths: list[int] = []
+
+    def begin(*_: Any) -> None:
+        depths.append(recorder.enter_module(path))
+
+    def end(*_: Any) -> None:
+        recorder.leave_module(depths.pop())
+
+    return module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end, always_call=True)
+
+
+def _sequence_number() -> int:
+    """The number that the next autograd node will get."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
 @contextmanager
 def recording(recorder: Recorder, model: nn.Module) -> Iterator[None]:
     """Hooks the model's modules and records every operator until the block ends. Cyclic garbage collection is held off.
 
     The collector would free storages at moments that depend on unrelated allocations, and no two traces would agree.
     """
-    depths: dict[str, list[int]] = {}
     with ExitStack() as stack:
         for path, module in model.named_modules():
-            hold = depths.setdefault(path, [])
-            before = module.register_forward_pre_hook(lambda *_, path=path, hold=hold: hold.append(recorder.push(path)), prepend=True)
-            after = module.register_forward_hook(lambda *_, hold=hold: recorder.pop(hold.pop()), always_call=True)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+            for handle in _hook(recorder, path, module):
+                stack.callback(handle.remove)
         recorder.watch(model)
         enabled = gc.isenabled()
         gc.disable()

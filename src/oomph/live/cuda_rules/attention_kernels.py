@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program
-from oomph.live.cuda_rules.sizes import ceil_div, round_up, shape_of
+from oomph.core.kernel_sizes import efficient_workspace, flash_accumulator, round_up
+from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program, sized
+from oomph.live.cuda_rules.sizes import shape_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _ANY_HEAD = 65536
@@ -61,18 +62,12 @@ def _backward_tiles(device: Device, dtype: torch.dtype, dropout: bool) -> tuple[
 
 
 def _workspace(device: Device, call: Arguments, tile: _Tile) -> Extra:
-    """``Params::workspace_size`` (kernel_backward.h): gradients of a block of keys if not in registers, and of queries."""
+    """``Params::workspace_size`` (kernel_backward.h)."""
     query, key, value = call["query"], call["key"], call["value"]
     batch, heads, queries, head = shape_of(query)
-    keys = int(key.size(2))
-    splits = ceil_div(keys, tile.keys)
-    if batch * heads >= 256 and keys <= 2 * tile.keys:
-        splits = 1
-    elements = ceil_div(queries, tile.queries) * ceil_div(head, tile.keys) * (4 + tile.queries * tile.keys)
-    if query.dtype in _HALF and tile.max_head > tile.queries:
-        splits = max(1, min(splits, 200 // (batch * heads)))
-        elements += splits * tile.keys * (round_up(head, tile.queries) + round_up(int(value.size(3)), tile.queries))
-    return Extra((batch * heads * round_up(elements, 4) * 4,), torch.uint8, "workspace")
+    in_registers = not (query.dtype in _HALF and tile.max_head > tile.queries)
+    sides = (batch, heads, queries, int(key.size(2)), head, int(value.size(3)))
+    return sized("workspace", efficient_workspace, *sides, tile.queries, tile.keys, in_registers)
 
 
 def efficient_backward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program:
@@ -114,33 +109,18 @@ def efficient_forward(device: Device, call: Arguments, outputs: tuple[torch.Tens
 # --- flash -------------------------------------------------------------------------------------------------------------
 
 
-def flash_splits(device: Device, blocks: int, key_blocks: int) -> int:
-    """``num_splits_heuristic`` (flash_api.cpp): how many parts the keys are split into to fill the multiprocessors."""
-    slots = 2 * device.multiprocessor_count
-    if blocks >= 0.8 * slots:
-        return 1
-    eligible = [
-        splits
-        for splits in range(1, min(128, slots, key_blocks) + 1)
-        if splits == 1 or ceil_div(key_blocks, splits) != ceil_div(key_blocks, splits - 1)
-    ]
-    efficiency = {splits: (blocks * splits / slots) / ceil_div(blocks * splits, slots) for splits in eligible}
-    best = max(efficiency.values())
-    return next(splits for splits in eligible if efficiency[splits] >= 0.85 * best)
-
-
 def flash_forward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program | None:
     """``mha_fwd`` with ``set_params_splitkv`` (flash_api.cpp): accumulators of a split over keys; no split with dropout."""
     batch, heads, queries, head = shape_of(call["query"])
     if call["dropout_p"] > 0.0:
         return Program(after=(Extra((2,), torch.uint64, "rng_state"),))
     block = 256 if head <= 64 else 128 if head <= 128 else 64
-    splits = flash_splits(device, batch * heads * ceil_div(queries, 64), ceil_div(call["key"].size(2), block))
-    if splits == 1:
-        return None
-    rounded = round_up(head, 32 if head <= 128 else 64)
-    rows = (splits, batch, heads, queries)
-    return Program(after=(Extra(rows, torch.float32, "softmax_lse_accum"), Extra((*rows, rounded), torch.float32, "out_accum")))
+    keys, rounded = int(call["key"].size(2)), round_up(head, 32 if head <= 128 else 64)
+    numbers = (device.multiprocessor_count, batch, heads, queries, keys, block)
+    rows, out = (
+        sized(name, flash_accumulator, *numbers, width) for name, width in (("softmax_lse_accum", 1), ("out_accum", rounded))
+    )
+    return Program(after=(rows, out))
 
 
 def flash_backward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program:

@@ -13,16 +13,20 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from oomph.errors import UserError
 from oomph.live.cuda_rules.attention import Backend, Call, can_use_efficient, can_use_flash, select_backend
+from oomph.live.cuda_rules.norms import LayerNorm, RmsNorm
 from oomph.live.cuda_rules.rules import CudaRules
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _one_hot_reading = F.one_hot
 _unfused_rms_norm = torch.rms_norm
+_plain_layer_norm = torch.layer_norm
+_plain_linear = F.linear
 _plain_multi_head = F.multi_head_attention_forward
 _plain_engine = torch.autograd.graph._engine_run_backward
 
@@ -153,32 +157,40 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
     return encoded.scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
-class _RmsNorm(torch.autograd.Function):
-    """The memory of ``_fused_rms_norm`` (layer_norm_kernel.cu): the result and one fp32 factor for each row."""
-
-    @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor | None, rank: int) -> torch.Tensor:
-        out = torch.empty_like(input, memory_format=torch.contiguous_format)
-        factors = torch.empty(*input.shape[:-rank], *[1] * rank, dtype=torch.float32, device=input.device)
-        ctx.save_for_backward(input, weight, factors)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        input, weight, _ = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        return torch.empty_like(input) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None, None
-
-
 def _rms_norm(
     input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
     """``rms_norm`` (layer_norm.cpp): fused on CUDA, unless the weight has another type than the input."""
-    fake = isinstance(input, torch._subclasses.FakeTensor)
-    if not fake or input.is_complex() or (weight is not None and weight.dtype != input.dtype):
+    if not _fake(input) or input.is_complex() or (weight is not None and weight.dtype != input.dtype):
         return _unfused_rms_norm(input, list(normalized_shape), weight, eps)
-    out: torch.Tensor = _RmsNorm.apply(input, weight, len(normalized_shape))  # type: ignore[no-untyped-call]
+    out: torch.Tensor = RmsNorm.apply(input, normalized_shape, weight)  # type: ignore[no-untyped-call]
     return out
+
+
+def _layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    """``layer_norm`` (layer_norm.cpp): for half precision the saved statistics are fp32 on CUDA."""
+    if not _fake(input) or input.dtype not in _HALF:
+        return _plain_layer_norm(input, list(normalized_shape), weight, bias, eps)
+    out: torch.Tensor = LayerNorm.apply(input, normalized_shape, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``linear`` (Linear.cpp): the bias is added in place to the product of a strided input, which no fake tensor does."""
+    if bias is None or input.dim() <= 2 or input.is_contiguous():
+        return _plain_linear(input, weight, bias)
+    return torch.matmul(input, weight.t()).add_(bias)
+
+
+def _fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
 
 
 class CudaFunctions(TorchFunctionMode):
@@ -200,6 +212,9 @@ class CudaFunctions(TorchFunctionMode):
             F.dropout: self._dropout,
             torch.dropout: self._dropout,
             F.one_hot: _one_hot,
+            F.linear: _linear,
+            F.layer_norm: _layer_norm,
+            torch.layer_norm: _layer_norm,
             F.rms_norm: _rms_norm,
             torch.rms_norm: _rms_norm,
             F.softmax: self._softmax,
@@ -266,10 +281,12 @@ class CudaFunctions(TorchFunctionMode):
 
     def _multi_head(self, *args: Any, **kwargs: Any) -> Any:
         """``multi_head_attention_forward`` with the functions it looks up in torch.nn.functional replaced."""
+        attend, softmax, dropout = self.attend, self._softmax, self._dropout
         fused: dict[str, Any] = {
-            "scaled_dot_product_attention": self.attend,
-            "softmax": self._softmax,
-            "dropout": self._dropout,
+            "scaled_dot_product_attention": attend,
+            "softmax": softmax,
+            "dropout": dropout,
+            "linear": _linear,
         }
         with mock.patch.multiple(F, **fused):
             return _plain_multi_head(*args, **kwargs)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from oomph.live.cuda_rules import cub
-from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program
-from oomph.live.cuda_rules.sizes import ceil_div, round_up, shape_of
+from oomph.core import kernel_sizes as sizes
+from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program, sized
+from oomph.live.cuda_rules.sizes import shape_of
 
 _LONG = torch.int64
-_SMALL_SORT = 4096
-_ROWS_PER_THREAD = 10
-_FEW_INDICES = 3072
 
 
 def copy_if_strided(tensor: torch.Tensor, name: str) -> tuple[Extra, ...]:
@@ -28,42 +25,29 @@ def embedding_dense_backward(device: Device, call: Arguments, outputs: tuple[tor
     grad, indices = call["grad_output"], call["indices"]
     count, width, rows = indices.numel(), int(grad.size(-1)), int(call["num_weights"])
     before = copy_if_strided(indices, "indices") + copy_if_strided(grad, "grad")
-    if count <= _FEW_INDICES and not call["scale_grad_by_freq"]:
-        return Program(before) if before else None
-    segments = min(count, rows)
-    runs = count // _ROWS_PER_THREAD + segments
+    item, many = indices.element_size(), device.multiprocessor_count
     names = ("sorted_indices", "orig_indices", "count") if call["scale_grad_by_freq"] else ("sorted_indices", "orig_indices")
-    before += tuple(Extra(shape_of(indices), indices.dtype, name) for name in names)
+    before += tuple(sized(name, sizes.embedding_column, count, item) for name in names)
+    half = grad.dtype in (torch.float16, torch.bfloat16)
+    accumulate = 4 if half else grad.element_size()
     after: list[Extra | int] = [
-        Extra((count,), indices.dtype, "segment_offsets"),
-        Extra((), _LONG, "num_of_segments"),
-        Extra((count,), indices.dtype, "keys_out"),
-        cub.storage(cub.unique_by_key_bytes(device, count), "unique_by_key"),
+        sized("segment_offsets", sizes.embedding_column, count, item),
+        sized("num_of_segments", sizes.embedding_number, count),
+        sized("keys_out", sizes.embedding_column, count, item),
+        sized("unique_by_key", sizes.embedding_unique, device.sm, count),
         3,
         2,
-        Extra((segments,), indices.dtype, "partials_per_segment"),
-        Extra((segments,), indices.dtype, "partials_per_segment_offset"),
-        cub.storage(cub.scan_bytes(segments, indices.element_size()), "exclusive_sum"),
+        sized("partials_per_segment", sizes.embedding_segments, count, rows, item),
+        sized("partials_per_segment_offset", sizes.embedding_segments, count, rows, item),
+        sized("exclusive_sum", sizes.embedding_scan, count, rows, item),
         6,
-        Extra((), _LONG, "num_of_partial_segments"),
-        Extra((runs,), indices.dtype, "partial_segment_offset"),
+        sized("num_of_partial_segments", sizes.embedding_number, count),
+        sized("partial_segment_offset", sizes.embedding_runs, count, rows, item),
+        sized("partial_to_segment_idx", sizes.embedding_atomic_runs, many, count, rows, width, item),
+        sized("grad_weight_acc", sizes.embedding_atomic_sum, many, count, rows, width, accumulate if half else 0),
+        sized("grad_weight_per_segment", sizes.embedding_run_sums, many, count, rows, width, accumulate),
     ]
-    half = grad.dtype in (torch.float16, torch.bfloat16)
-    accumulate = torch.float32 if half else grad.dtype
-    if _sums_atomically(device, segments, runs, width):
-        after.append(Extra((runs,), indices.dtype, "partial_to_segment_idx"))
-        if half:
-            after.append(Extra((rows, width), accumulate, "grad_weight_acc"))
-    else:
-        after.append(Extra((runs, width), accumulate, "grad_weight_per_segment"))
     return Program(before, tuple(after))
-
-
-def _sums_atomically(device: Device, segments: int, runs: int, width: int) -> bool:
-    """``use_fused_kernel``: few, long segments are added atomically into the gradient."""
-    warped = round_up(width, 32)
-    grid = ceil_div(segments * warped, min(warped, 1024))
-    return grid < 4 * device.multiprocessor_count and runs > 4 * grid
 
 
 def index_put(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program | None:
@@ -81,13 +65,12 @@ def index_put(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]
     if count == 0 or width == 0:
         return None
     linear = Extra((count,), _LONG, "linearIndex")
-    bits = max(1, ((tensor.numel() - 1) // width).bit_length())
     expanded = values.numel() < count * (tensor.numel() // indexed) or not values.is_contiguous()
     after = [linear]
     if expanded:
         after.append(Extra((count * (tensor.numel() // indexed),), values.dtype, "expandedValue"))
     after += [linear._replace(name=name) for name in ("sorted_indices", "orig_indices", "range")]
-    after.append(cub.storage(cub.radix_sort_bytes(device, count, 8, bits), "radix_sort"))
+    after.append(sized("radix_sort", sizes.index_sort, device.sm, count, tensor.numel() // width))
     return Program(after=tuple(after))
 
 
@@ -121,7 +104,7 @@ def masked_scatter(device: Device, call: Arguments, outputs: tuple[torch.Tensor,
     shape = shape_of(target)
     after: list[Extra | int] = [Extra(shape, _LONG, "maskPrefixSum")]
     after += copy_if_strided(mask.expand(target.shape), "mask")
-    after += [cub.storage(cub.scan_bytes(target.numel(), 8), "exclusive_sum"), len(after)]
+    after += [sized("exclusive_sum", sizes.scan, target.numel(), 8), len(after)]
     after += copy_if_strided(source, "source")
     return Program(after=tuple(after))
 
@@ -150,13 +133,12 @@ def sort(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> 
     if tensor.dim() == 0 or tensor.numel() == 0:
         return None
     length = int(tensor.size(call["dim"]))
-    if length <= _SMALL_SORT:
-        return Program(after=(Extra((length,), _LONG, "range"),))
+    short = sized("range", sizes.sort_range, length)
     if length != tensor.numel() or tensor.element_size() < 4:
-        return None
-    key_bytes = tensor.element_size()
-    storage = cub.storage(cub.radix_sort_bytes(device, length, key_bytes, 8 * key_bytes), "radix_sort")
-    return Program(after=(*copy_if_strided(tensor, "self"), Extra((length,), _LONG, "indices"), storage))
+        return Program(after=(short,))
+    scratch = sized("radix_sort", sizes.long_sort_scratch, device.sm, length, tensor.element_size())
+    copies = copy_if_strided(tensor, "self") if length > sizes.SMALL_SORT else ()
+    return Program(after=(short, *copies, sized("indices", sizes.long_sort_indices, length), scratch))
 
 
 def topk(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program | None:
@@ -174,5 +156,5 @@ def cumsum(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -
     else:
         after = copy_if_strided(tensor, "self")
     if tensor.dim() and tensor.numel() == tensor.size(call["dim"]) and result.element_size() in (4, 8):
-        after += (cub.storage(cub.scan_bytes(tensor.numel(), result.element_size()), "inclusive_scan"),)
+        after += (sized("inclusive_scan", sizes.scan, tensor.numel(), result.element_size()),)
     return Program(after=after) if after else None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program, Rule
+from oomph.core.kernel_sizes import ceil_div, layer_norm_partials, round_up
+from oomph.live.cuda_rules.norms import rows_and_width
+from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program, Rule, sized
 from oomph.live.cuda_rules.reduce import Kernel, partial_results
-from oomph.live.cuda_rules.sizes import ceil_div, round_up, shape_of
+from oomph.live.cuda_rules.sizes import shape_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _CHUNK = 65536
@@ -126,20 +127,32 @@ def logsumexp(device: Device, call: Arguments, outputs: Outputs) -> Program:
 # --- norms -------------------------------------------------------------------------------------------------------------
 
 
-def layer_norm_backward(device: Device, call: Arguments, outputs: Outputs) -> Program | None:
+def strided_input(device: Device, call: Arguments, outputs: Outputs) -> Program | None:
+    """Layer norm and RMS norm, forward (layer_norm_kernel.cu): a strided input is copied first."""
+    tensor = call["input"]
+    return None if tensor.is_contiguous() else Program((Extra(shape_of(tensor), tensor.dtype, "X"),))
+
+
+def _norm_backward(device: Device, call: Arguments, rank: int, names: Sequence[str]) -> Program | None:
     """``LaunchGammaBetaBackwardCUDAKernel`` (layer_norm_kernel.cu): partial gradients where rows are many and short."""
-    tensor, weight = call["input"], call["weight"]
-    width = math.prod(int(extent) for extent in call["normalized_shape"])
-    rows = tensor.numel() // width
-    after = [
-        Extra(shape_of(t), t.dtype, name) for name, t in (("dY", call["grad_out"]), ("X", tensor)) if not t.is_contiguous()
-    ]
-    mask = call["output_mask"]
-    if weight is not None and any(mask[1:]) and rows > 65536 and width // 32 < device.multiprocessor_count // 2:
-        blocks = min(32768 // ceil_div(width, 32), ceil_div(rows, 32))
-        names = [name for name, wanted in zip(("dgamma_blocks", "dbeta_blocks"), mask[1:], strict=True) if wanted]
-        after += [Extra((blocks, width), weight.dtype, name) for name in names]
-    return Program(after=tuple(after)) if after else None
+    tensor, grad, weight = call["input"], call["grad_out"], call["weight"]
+    before = () if tensor.is_contiguous() else (Extra(shape_of(tensor), tensor.dtype, "X"),)
+    after: tuple[Extra, ...] = () if grad.is_contiguous() else (Extra(shape_of(grad), grad.dtype, "dY"),)
+    if weight is not None:
+        numbers = (device.multiprocessor_count, *rows_and_width(tensor, rank), weight.element_size())
+        after += tuple(sized(name, layer_norm_partials, *numbers) for name in names)
+    return Program(before, after) if before or after else None
+
+
+def layer_norm_backward(device: Device, call: Arguments, outputs: Outputs) -> Program | None:
+    """``native_layer_norm_backward``: strided tensors are copied, the input first."""
+    wanted = zip(("dgamma_blocks", "dbeta_blocks"), call["output_mask"][1:], strict=True)
+    return _norm_backward(device, call, len(call["normalized_shape"]), [name for name, needed in wanted if needed])
+
+
+def rms_norm_backward(device: Device, call: Arguments, outputs: Outputs) -> Program | None:
+    """``_fused_rms_norm_backward``: like that of layer norm, without bias."""
+    return _norm_backward(device, call, call["rank"], ["dgamma_blocks"] if call["output_mask"][1] else [])
 
 
 def foreach_norm(device: Device, call: Arguments, outputs: Outputs) -> Program:

@@ -16,11 +16,15 @@ class Extra(NamedTuple):
         shape: elements per dimension.
         dtype: element type; ``torch.uint8`` where the kernel asks for bytes.
         name: the variable's name in the kernel's source.
+        size: for bytes that are no product of dimensions, the name in `kernel_sizes.SIZES` of what gives them.
+        arguments: what `size` is called with.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     name: str
+    size: str = ""
+    arguments: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -29,6 +33,12 @@ class Extra(NamedTuple):
         for extent in self.shape:
             count *= extent
         return count
+
+
+def sized(name: str, size: Callable[..., int], *arguments: int) -> Extra:
+    """An extra of as many bytes as `size`, one of `kernel_sizes.SIZES`, gives; of none where the kernel does without."""
+    numbers = tuple(int(argument) for argument in arguments)
+    return Extra((size(*numbers),), torch.uint8, name, size.__name__, numbers)
 
 
 class Program(NamedTuple):
