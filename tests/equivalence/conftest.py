@@ -50,10 +50,16 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the bytes alive when it begins, and the events of its phases in order."""
+    """One step: the bytes alive when it begins, the events of its phases in order, and those of an evaluation after it."""
 
     before: int
     phases: dict[str, list[Event]]
+    evaluation: list[Event]
+
+    def evaluated(self) -> Step:
+        """The evaluation as if it were a step of one phase."""
+        after = self.before + sum(event.nbytes for events in self.phases.values() for event in events)
+        return Step(after, {"evaluate": self.evaluation}, [])
 
     def peaks(self) -> dict[str, int]:
         """The largest number of bytes alive in each phase."""
@@ -129,20 +135,20 @@ def _traced_step(case: Case) -> Step:
     model = case.model()
     trace = Simulator(model, case.setup, shorten(model, WHOLE), case.images()).trace(case.shape)
     samples, tokens, images = case.shape
-    choice = Choice(samples, MICRO_BATCHES, MICRO_BATCHES * samples)
+    choice = Choice(samples, MICRO_BATCHES, MICRO_BATCHES * samples, eval_batch=samples)
     events = lay_out(constant_form(trace), choice, tokens, images // samples)
     before, phases = 0, dict[str, list[Event]]()
     for segment in events.segments:
         made = [_traced_event(events, entry) for entry in segment.timeline]
-        if segment.name.startswith("step/"):
-            number = " 2" if segment.name == "step/next" else " 1"
-            ends = [start for start, _ in segment.marks[1:]] + [len(made)]
-            for (start, phase), end in zip(segment.marks, ends, strict=True):
-                name = phase if phase == "optimizer" else phase + number
-                phases[name] = [event for event in made[start:end] if event.nbytes]
-        elif segment.name.startswith(("load", "warmup/")):
+        if segment.name.startswith(("load", "warmup/")):
             before += segment.repeat * sum(event.nbytes for event in made)
-    return Step(before, phases)
+            continue
+        edges = [0, *(at for at, _ in segment.marks[1:]), len(made)]
+        for (_, phase), start, end in zip(segment.marks, edges, edges[1:], strict=False):
+            number = {"step/first": " 1", "step/next": " 2"}.get(segment.name, "")
+            phases[phase + number] = [event for event in made[start:end] if event.nbytes]
+    evaluation = phases.pop("evaluate")
+    return Step(before, phases, evaluation)
 
 
 def _traced_event(events: Events, entry: int) -> Event:
@@ -190,7 +196,11 @@ def _two_steps(case: Case) -> None:
     for step in range(2):
         batches, count = [collate] * MICRO_BATCHES, MICRO_BATCHES * samples * tokens
         train_step(model, optimizer, batches, LOSSES[case.setup.loss], count, on=lambda *at, step=step: _mark(step, *at))
-        _mark(step, "end", 0)
+    _mark(1, "evaluate", 0)
+    model.eval()
+    with torch.no_grad():
+        LOSSES[case.setup.loss](model, collate(), samples * tokens)
+    _mark(1, "end", 0)
 
 
 def _mark(step: int, phase: str, index: int) -> None:
@@ -255,4 +265,5 @@ def _second_step(rows: list[_Row]) -> Step:
         else:
             events.append(Event(row.nbytes, row.name, inside=at in inside))
     del phases["end"]
-    return Step(sum(row.nbytes for row in rows[:start]), phases)
+    evaluation = phases.pop("evaluate")
+    return Step(sum(row.nbytes for row in rows[:start]), phases, evaluation)

@@ -52,11 +52,16 @@ def predict(
     )
 
 
+def usable_bytes(choice: Choice, gpu: Gpu) -> int:
+    """What the allocator may reserve on the card: all but what lies outside of it."""
+    return gpu.memory_bytes - outside(gpu, choice.gpus).bytes
+
+
 def fits(events: Events, choice: Choice, gpu: Gpu) -> bool:
     """Whether the events can be served on the card."""
-    usable = gpu.memory_bytes - outside(gpu, choice.gpus).bytes
     settings = AllocatorSettings(expandable_segments=choice.expandable_segments)
-    return replay(events.sizes, events.segments, Allocator(capacity_bytes=usable, settings=settings)).failure is None
+    allocator = Allocator(capacity_bytes=usable_bytes(choice, gpu), settings=settings)
+    return replay(events.sizes, events.segments, allocator).failure is None
 
 
 def module_group(template: str) -> str:

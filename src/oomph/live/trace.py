@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from oomph.core.events import Kind
 from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Storage, Trace, layer_of, stack_of
-from oomph.live.cuda_rules import CudaRules, Extra
+from oomph.live.cuda_rules import CudaRules, Extra, as_unwatched
 from oomph.live.layers import Owner, dtype_name, owners
 
 _EMPTY = Owner("", NOWHERE)
@@ -237,6 +237,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        func, args = as_unwatched(func, args, kwargs or {})
         outputs = self._run(func, args, kwargs or {})
         if self._paused:
             return outputs
@@ -260,8 +261,9 @@ class Recorder(TorchDispatchMode):
     def _gradient(self, args: Sequence[Any]) -> None:
         node: Any = torch._C._current_autograd_node()
         variable = getattr(node, "variable", None)
-        if variable is not None:
-            self.assign([(self._parameter_index[id(variable)], args[-1])], "gradient")
+        index = self._parameter_index.get(id(variable), -1)
+        if index >= 0:
+            self.assign([(index, args[-1])], "gradient")
 
     def _outputs(self, func: Any, args: Sequence[Any], outputs: Any, kind: Kind, owner: Owner) -> None:
         for position, tensor in enumerate(_tensors(outputs)):
