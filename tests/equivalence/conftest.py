@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from oomph.core.closed_form import constant_form
 from oomph.core.events import Events
@@ -80,7 +80,7 @@ class Case:
     setup: Setup
     shape: Shape
 
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         """The model on the ``meta`` device."""
         model = build(self.config, self.dtype, self.setup.attention)
         part = part_finder(model)

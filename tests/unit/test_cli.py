@@ -188,16 +188,17 @@ def test_only_a_trace_that_the_cache_lacks_is_made_and_announced(
 ) -> None:
     made: list[Any] = []
 
-    def make_form(key: Any) -> Traced:
-        made.append(key)
-        return Traced(None, 576, "by hand")
+    def make_forms(keys: Any, done: Any) -> None:
+        for key in keys:
+            made.append(key)
+            done(key, Traced(None, 576, "by hand"))
 
     def plan(_: Recipe, source: Any, __: Any) -> Plan:
         assert source.traced(KEY) == Traced(None, 576, "by hand")
         return plan_of(True)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "oomph.live.source", types.SimpleNamespace(make_form=make_form))
+    monkeypatch.setitem(sys.modules, "oomph.live.source", types.SimpleNamespace(make_forms=make_forms))
     planner(plan)
     assert cli.run(["plan", RECIPE]) == 0
     assert capsys.readouterr().err.startswith("tracing 1 training step ")
