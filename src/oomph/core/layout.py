@@ -35,14 +35,14 @@ def lay_out(form: ClosedForm, choice: Choice, tokens: int, images_per_sample: in
     evaluated = evaluation_shape(choice, tokens, images_per_sample)
     if evaluated is not None and Family.of(evaluated) != Family.of(shape):
         evaluated = None
-    return _shard(form, _compose(form, shape, choice.accumulation, evaluated), choice)
+    return _shard(form, compose(form, shape, choice.accumulation, evaluated), choice)
 
 
 def lay_out_evaluation(form: ClosedForm, choice: Choice, tokens: int, images_per_sample: int) -> Events:
     """An evaluation after a step of its own size, for one whose batch runs other operators than the micro-batch."""
     shape = evaluation_shape(choice, tokens, images_per_sample)
     assert shape is not None
-    return _shard(form, _compose(form, shape, 1, shape), choice)
+    return _shard(form, compose(form, shape, 1, shape), choice)
 
 
 def evaluation_shape(choice: Choice, tokens: int, images_per_sample: int) -> Shape | None:
@@ -85,7 +85,15 @@ def _freed(timeline: Iterable[int]) -> set[int]:
     return {~entry for entry in timeline if entry < 0}
 
 
-def _compose(form: ClosedForm, shape: Shape, accumulation: int, evaluated: Shape | None) -> Events:
+def compose(form: ClosedForm, shape: Shape, accumulation: int, evaluated: Shape | None) -> Events:
+    """The events of one GPU without sharding.
+
+    Args:
+        form: of the shape's family.
+        shape: of a micro-batch.
+        accumulation: micro-batches of a step.
+        evaluated: the shape of an evaluated batch, of the same family; none to leave the evaluation out.
+    """
     cut = timelines(form)
     first, first_marks = cut.pieces["first"]
     optimizer, optimizer_marks = cut.pieces["step/optimizer"]

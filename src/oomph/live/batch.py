@@ -51,9 +51,9 @@ def _side(value: int | list[int] | tuple[int, ...]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
-def _first(config: PretrainedConfig, *names: str) -> Any:
+def _first(config: PretrainedConfig, default: int, *names: str) -> Any:
     """The first of a configuration's settings that it has: models name the same thing in several ways."""
-    return next(value for name in names if (value := getattr(config, name, None)) is not None)
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
 
 
 def _fixed(config: PretrainedConfig, vision: PretrainedConfig) -> Images:
@@ -93,12 +93,12 @@ _GRIDS = {"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "paddleocr_vl", "kimi_k25"}
 def _grid(config: PretrainedConfig, vision: PretrainedConfig, image_size: tuple[int, int] | None) -> Images:
     """Images of any size, cut into patches; several neighbouring patches become one token."""
     patch = _side(vision.patch_size)
-    merge = _side(_first(vision, "spatial_merge_size", "merge_kernel_size"))
+    merge = _side(_first(vision, 2, "spatial_merge_size", "merge_kernel_size"))
     unit = patch * merge
     height, width = (max(unit, round(side / unit) * unit) for side in image_size or (448, 448))
     rows, columns = height // patch, width // patch
     frames = getattr(vision, "temporal_patch_size", 1)
-    channels = _side(_first(vision, "in_channels", "in_chans", "num_channels"))
+    channels = _side(_first(vision, 3, "in_channels", "in_chans", "num_channels"))
     flat = config.model_type not in ("paddleocr_vl", "kimi_k25")
 
     def inputs(images: int, dtype: torch.dtype) -> Batch:
@@ -120,9 +120,9 @@ def text_inputs(config: PretrainedConfig, shape: Shape, images: Images | None) -
     The images' tokens stand at the beginning of the samples, as many images in each.
     """
     size = (shape.samples, shape.tokens)
-    inputs = {"input_ids": torch.empty(size, dtype=torch.long), "labels": torch.empty(size, dtype=torch.long)}
-    if images is not None and shape.images:
-        inputs["input_ids"] = known(lambda: _token_ids(config, shape, images.tokens))
+    sees = images is not None and shape.images > 0
+    ids = known(lambda: _token_ids(config, shape, images.tokens)) if sees else torch.empty(size, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": torch.empty(size, dtype=torch.long)}
     if config.model_type in _THREE_POSITIONS:
         inputs["position_ids"] = torch.empty((3, *size), dtype=torch.long)
     if config.model_type == "gemma3":

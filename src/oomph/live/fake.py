@@ -5,6 +5,7 @@
 * transformers' helpers for images of any size compute with such values: they run for real.
 * Where code keeps the elements that satisfy a condition on values that nobody knows, all do, and counts that are
   compared with a number differ from it (Idefics3 looks for images that are all padding): the worst case.
+* Grouped products run in any precision, as the real kernels do.
 * transformers looks in the position ids for several sequences packed in one row; a real run with plain positions finds
   none and drops the mask, but with fake tensors, which it takes for a graph capture, it keeps one.
 * AdamW reads its step counter, which lives on the CPU.
@@ -54,12 +55,21 @@ class WorstCase(TorchDispatchMode):
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
         if func is _aten.index.Tensor and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
             return func(args[0], [number for i in args[1] for number in _numbers(i)])
+        if func is _aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return _grouped(args, kwargs)
         out = func(*args, **kwargs)
         if func in _ARANGE and _unknown(out) and out.numel() <= CONSTANTS:
-            know(out, _really_run(func, args, kwargs))
+            know(out, really_run(func, args, kwargs))
         if func is _aten.ne.Scalar and _unknown(out) and out.dim() == 1 and args[0].dtype == torch.long:
-            know(out, _really_run(torch.ones, (out.shape,), {"dtype": torch.bool}))
+            know(out, really_run(torch.ones, (out.shape,), {"dtype": torch.bool}))
         return out
+
+
+def _grouped(args: Any, kwargs: Any) -> Tensor:
+    """``_grouped_mm`` in a precision that its fake kernel refuses; real ones take it."""
+    left, right, *rest = args
+    halves = (torch.empty_like(matrix, dtype=torch.bfloat16) for matrix in (left, right))
+    return torch.empty_like(_aten._grouped_mm.default(*halves, *rest, **kwargs), dtype=left.dtype)
 
 
 def _unknown(tensor: Tensor) -> bool:
@@ -74,11 +84,12 @@ def _numbers(index: Any) -> list[Any]:
         return [index.new_empty((index.numel(),), dtype=torch.long) for _ in range(index.dim())]
     values = index.constant if isinstance(index, FakeTensor) else index
     assert values is not None
-    found = _really_run(values.nonzero, (), {"as_tuple": True})
+    found = really_run(values.nonzero, (), {"as_tuple": True})
     return [_faked(numbers) for numbers in found]
 
 
-def _really_run(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def really_run(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls a function on real tensors, on the CPU, unseen by any mode."""
     with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
         return function(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))
 
@@ -92,7 +103,7 @@ def know(fake: Tensor, real: Tensor) -> None:
 
 def known(make: Callable[[], Tensor]) -> Tensor:
     """A fake tensor with the values of the real one that `make` makes; an operator makes it, so that it is recorded."""
-    return _faked(_really_run(make, (), {}))
+    return _faked(really_run(make, (), {}))
 
 
 @contextmanager
@@ -139,7 +150,7 @@ def _really(function: Callable[..., Any]) -> Callable[..., Any]:
         if any(_unknown(tensor) for tensor in tensors):
             return function(*args, **kwargs)
         real_args, real_kwargs = tree_map_only(FakeTensor, lambda t: t.constant, (args, kwargs))
-        out = _really_run(function, real_args, real_kwargs)
+        out = really_run(function, real_args, real_kwargs)
         return tree_map_only(Tensor, _faked, out)
 
     return run

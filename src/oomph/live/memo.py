@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
+from oomph.live.fake import know, really_run
+
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
 _VIEWS = {
@@ -54,10 +56,8 @@ class Memo:
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operator's outputs, new ones in each call."""
-        if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None:
-            with in_kernel_invocation_manager(self._mode):
-                view = func(*args, **kwargs)
-            return FakeTensor(self._mode, view, _CPU)
+        if func in _VIEWS and isinstance(args[0], FakeTensor):
+            return self._view(func, args, kwargs)
         pure = self._pure.get(func)
         if pure is None:
             pure = self._pure[func] = _pure(func)
@@ -76,6 +76,15 @@ class Memo:
         if isinstance(found, _Made):
             return self._make(found)
         return tuple(self._make(made) for made in found)
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """A view of a fake tensor, with the values of its base where those are known."""
+        with in_kernel_invocation_manager(self._mode):
+            meta = func(*args, **kwargs)
+        view: Tensor = FakeTensor(self._mode, meta, _CPU)
+        if args[0].constant is not None:
+            know(view, really_run(func, (args[0].constant, *args[1:]), kwargs))
+        return view
 
     def _make(self, made: _Made) -> Tensor:
         guard = torch._C._DisableTorchDispatch()

@@ -90,7 +90,6 @@ class Simulator:
                 self._run(recorder, shape)
             except _UNTRACEABLE as error:
                 raise _untraceable(recorder, error) from error
-        recorder.finish()
         name_roles(recorder.trace, self._model.config.get_text_config(), shape)
         return recorder.trace
 
@@ -114,11 +113,11 @@ class Simulator:
         for parameter in optimizer.state:
             recorder.revive(numbers[id(parameter)], parameter)
         commit(optimizer)
-        recorder.start("evaluate")
-        del optimizer, state, tensors
         self._evaluate(recorder, collate)
+        recorder.finish()
 
     def _evaluate(self, recorder: Recorder, collate: Callable[[], Batch]) -> None:
+        recorder.start("evaluate")
         recorder.enter("evaluate")
         self._model.eval()
         with torch.no_grad():

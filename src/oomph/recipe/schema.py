@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -133,7 +134,7 @@ class StageData(Data):
 class Hardware(Section):
     """What the run is planned for."""
 
-    gpu: Text
+    gpu: Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
     """The GPU's name, as in `A100-SXM4-40GB`."""
     gpus: Count = 1
     """All GPUs of the run, over all nodes together."""

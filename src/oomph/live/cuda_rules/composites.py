@@ -184,7 +184,7 @@ def _layer_norm(
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``linear`` (Linear.cpp): the bias is added in place to the product of a strided input, which no fake tensor does."""
-    if bias is None or input.dim() <= 2 or input.is_contiguous():
+    if bias is None or input.dim() == 2 or input.is_contiguous():
         return _plain_linear(input, weight, bias)
     return torch.matmul(input, weight.t()).add_(bias)
 

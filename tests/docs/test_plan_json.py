@@ -1,0 +1,82 @@
+"""docs/plan-json.md names every field of the records, with its type, and its example runs on a document of the real thing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import types
+import typing
+from typing import Any, Literal
+
+import pytest
+
+import oomph.records as records
+from oomph.records import Choice, FailingRequest, PhasePeak, Plan, Prediction, Request, StagePlan
+
+PAGE = "docs/plan-json.md"
+RECORDS = (Plan, StagePlan, Choice, Prediction, PhasePeak, Request, FailingRequest)
+NAMES = {int: "integer", str: "string", bool: "boolean", float: "number", type(None): "null"}
+
+
+def json_type(kind: Any) -> str:
+    """A field's type as the page writes it."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind in NAMES:
+        return NAMES[kind]
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(json_type(option) for option in inner)
+    if origin is tuple:
+        return f"list of {json_type(inner[0])}{'' if dataclasses.is_dataclass(inner[0]) else 's'}"
+    if origin is dict:
+        return f"object of {json_type(inner[1])}s"
+    assert dataclasses.is_dataclass(kind), kind
+    return f"`{kind.__name__}`"
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_every_field_is_on_the_page(record: Any, pages: dict[str, Any]) -> None:
+    hints = typing.get_type_hints(record)
+    inherited = {field.name for base in record.__bases__ if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+    wanted = [(f"`{f.name}`", json_type(hints[f.name])) for f in dataclasses.fields(record) if f.name not in inherited]
+    assert [(name, kind) for name, kind, _ in pages[PAGE].table(f"`{record.__name__}`")] == wanted
+
+
+def test_every_record_of_a_plan_is_on_the_page() -> None:
+    reached, waiting = set(), [Plan]
+    while waiting:
+        record = waiting.pop()
+        reached.add(record)
+        kinds = " ".join(json_type(hint) for hint in typing.get_type_hints(record).values())
+        waiting += [r for r in vars(records).values() if dataclasses.is_dataclass(r) and f"`{r.__name__}`" in kinds and r not in reached]
+    assert reached == set(RECORDS)
+
+
+def test_the_schema_s_number_is_on_the_page(pages: dict[str, Any]) -> None:
+    assert ["`schema`", "integer", str(records.SCHEMA)] in pages[PAGE].table("`Plan`")
+
+
+@pytest.mark.slow
+def test_the_example_reads_what_the_program_writes(pages: dict[str, Any], reader: Any) -> None:
+    (command,), (example,) = pages[PAGE].commands(), pages[PAGE].blocks("python")
+    reader.run(command.command)
+    before = os.getcwd()
+    os.chdir(reader.folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(example.text, PAGE, "exec"), {})
+    finally:
+        os.chdir(before)
+    written = json.loads((reader.folder / "plan.json").read_text(encoding="utf-8"))
+    (stage,) = written["stages"]
+    prediction = stage["prediction"]
+    assert printed.getvalue() == f"finetune {prediction['fits']} {prediction['allocated_peak_bytes']}\n"
+    assert written["schema"] == records.SCHEMA
+    assert prediction["usable_bytes"] + prediction["outside_bytes"] > prediction["failing_request"]["in_use_bytes"]
+    assert sum(prediction["by_role"].values()) == sum(prediction["by_module"].values()) == prediction["failing_request"]["in_use_bytes"]
+    assert sum(prediction["outside"].values()) == prediction["outside_bytes"]
+    assert stage["samples_tokens"] == 2048 - 1 + stage["image_tokens"]
