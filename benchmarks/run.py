@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oomph.core.allocator import Allocator, AllocatorSettings, replay
+from oomph.core.allocator import Allocator, AllocatorSettings, Replay, replay
 from oomph.core.closed_form import ClosedForm
 from oomph.core.events import Events
 from oomph.core.forms import CachedForms, FormKey, Traced
@@ -190,9 +190,12 @@ def loops(folder: Path, rounds: int) -> list[Row]:
     def anew() -> Shape:
         return shape._replace(tokens=next(tokens))
 
+    def replayed() -> Replay:
+        return replay(events.sizes, events.segments, Allocator(settings=settings))
+
     sizes = compare(lambda: form.sizes(anew()), lambda: signs.cumsum().max(), rounds)
     peaks = compare(lambda: form.live_peak(anew(), True), lambda: signs.cumsum().max(), rounds)
-    replays = compare(lambda: replay(events.sizes, events.segments, Allocator(settings=settings)), lambda: _walk(timeline), rounds)
+    replays = compare(replayed, lambda: _walk(timeline), rounds)
     running, walking = f"a running sum of {len(timeline):,} numbers", f"a walk over {len(timeline):,} events"
     return [
         _rate("closed form: sizes", sizes, running),

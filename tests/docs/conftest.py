@@ -151,7 +151,8 @@ class Reader:
 def pages(root: Path) -> dict[str, Page]:
     """Every page of the repository by its path from the top."""
     files = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("benchmarks/*.md")]
-    return {str(file.relative_to(root)): Page(file.relative_to(root), file.read_text(encoding="utf-8")) for file in sorted(files)}
+    found = [Page(file.relative_to(root), file.read_text(encoding="utf-8")) for file in sorted(files)]
+    return {str(page.path): page for page in found}
 
 
 @pytest.fixture(scope="module")

@@ -34,26 +34,28 @@ def json_type(kind: Any) -> str:
         return f"list of {json_type(inner[0])}{'' if dataclasses.is_dataclass(inner[0]) else 's'}"
     if origin is dict:
         return f"object of {json_type(inner[1])}s"
-    assert dataclasses.is_dataclass(kind), kind
+    assert isinstance(kind, type)
     return f"`{kind.__name__}`"
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
 def test_every_field_is_on_the_page(record: Any, pages: dict[str, Any]) -> None:
     hints = typing.get_type_hints(record)
-    inherited = {field.name for base in record.__bases__ if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+    bases = [base for base in record.__bases__ if dataclasses.is_dataclass(base)]
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     wanted = [(f"`{f.name}`", json_type(hints[f.name])) for f in dataclasses.fields(record) if f.name not in inherited]
     assert [(name, kind) for name, kind, _ in pages[PAGE].table(f"`{record.__name__}`")] == wanted
 
 
 def test_every_record_of_a_plan_is_on_the_page() -> None:
-    reached, waiting = set(), [Plan]
+    by_name = {f"`{name}`": record for name, record in vars(records).items() if dataclasses.is_dataclass(record)}
+    reached: set[str] = set()
+    waiting = ["`Plan`"]
     while waiting:
-        record = waiting.pop()
-        reached.add(record)
-        kinds = " ".join(json_type(hint) for hint in typing.get_type_hints(record).values())
-        waiting += [r for r in vars(records).values() if dataclasses.is_dataclass(r) and f"`{r.__name__}`" in kinds and r not in reached]
-    assert reached == set(RECORDS)
+        reached.add(name := waiting.pop())
+        kinds = " ".join(json_type(hint) for hint in typing.get_type_hints(by_name[name]).values())
+        waiting += [other for other in by_name if other in kinds and other not in reached]
+    assert reached == {f"`{record.__name__}`" for record in RECORDS}
 
 
 def test_the_schema_s_number_is_on_the_page(pages: dict[str, Any]) -> None:
@@ -73,10 +75,10 @@ def test_the_example_reads_what_the_program_writes(pages: dict[str, Any], reader
         os.chdir(before)
     written = json.loads((reader.folder / "plan.json").read_text(encoding="utf-8"))
     (stage,) = written["stages"]
-    prediction = stage["prediction"]
+    prediction, request = stage["prediction"], stage["prediction"]["failing_request"]
     assert printed.getvalue() == f"finetune {prediction['fits']} {prediction['allocated_peak_bytes']}\n"
     assert written["schema"] == records.SCHEMA
-    assert prediction["usable_bytes"] + prediction["outside_bytes"] > prediction["failing_request"]["in_use_bytes"]
-    assert sum(prediction["by_role"].values()) == sum(prediction["by_module"].values()) == prediction["failing_request"]["in_use_bytes"]
+    assert request["in_use_bytes"] + request["bytes"] > prediction["usable_bytes"] > request["reserved_bytes"]
+    assert sum(prediction["by_role"].values()) == sum(prediction["by_module"].values()) == request["in_use_bytes"]
     assert sum(prediction["outside"].values()) == prediction["outside_bytes"]
     assert stage["samples_tokens"] == 2048 - 1 + stage["image_tokens"]

@@ -35,7 +35,7 @@ def test_the_tree_is_the_repository(root: Path, pages: dict[str, Any]) -> None:
 
 def expected(root: Path) -> Iterator[str]:
     """What the tree has to show: the top of the repository, modules and folders of the package, pages, folders of tests."""
-    ignored = (root / ".gitignore").read_text(encoding="utf-8").split() + [".git/"]
+    ignored = [*(root / ".gitignore").read_text(encoding="utf-8").split(), ".git/"]
     for path in root.iterdir():
         name = path.name + "/" * path.is_dir()
         if not any(fnmatch(name, pattern) for pattern in ignored) and name != "src/":
@@ -61,7 +61,7 @@ def test_a_tree_is_read_as_it_is_meant() -> None:
 
 
 @pytest.mark.slow
-def test_the_screens_are_what_the_program_prints(pages: dict[str, Any], reader: Any, follow: Callable[[Any, Any], None]) -> None:
+def test_the_screens_are_what_the_program_prints(pages: dict[str, Any], reader: Any, follow: Callable[..., None]) -> None:
     page = pages["README.md"]
     assert sum(bool(shown.output) for shown in page.commands()) == 3
     follow(reader, page)

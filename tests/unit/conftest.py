@@ -21,7 +21,9 @@ class Writer:
         self.form = ClosedForm()
         self.phase = "load"
 
-    def new(self, role: str, *dimensions: str | int, itemsize: int = 2, op: str = "", module: str = "", parameter: int = -1) -> int:
+    def new(
+        self, role: str, *dimensions: str | int, itemsize: int = 2, op: str = "", module: str = "", parameter: int = -1
+    ) -> int:
         """A new storage; a dimension is a number or the name of a feature."""
         formula = Formula(tuple(self._dimension(dimension) for dimension in dimensions), itemsize)
         dtype = {1: "uint8", 2: "bfloat16", 4: "float32", 8: "int64"}[itemsize]
@@ -58,7 +60,7 @@ class Writer:
 
 
 class Toy(Writer):
-    """One decoder layer behind a frozen tower: three micro-batches' worth of pieces, two optimizer steps, an evaluation."""
+    """One decoder layer behind a frozen tower: two micro-batches, two optimizer steps, an evaluation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -233,9 +233,9 @@ def test_a_size_may_be_a_function_of_formulas() -> None:
 
 
 def layered(shape: Shape, units: int, full_units: int, collected: int = 1) -> Trace:
-    """A stack of layers, each with a weight; each keeps activations, which are freed after the stack, and has a norm.
+    """A stack of layers, each with a gradient; each keeps activations, which are freed after the stack, and has a norm.
 
-    The norms of all weights are stacked in the end, as where gradients are clipped.
+    The norms of all gradients are stacked in the end, as where gradients are clipped.
     """
     rows: list[Storage] = []
     timeline: list[int] = []
@@ -245,11 +245,13 @@ def layered(shape: Shape, units: int, full_units: int, collected: int = 1) -> Tr
             timeline.append(len(rows))
             places.append(place(0, layer))
             row = tensor([shape[0], shape[1], 64]) if n else tensor([64, 64])
-            rows.append(row._replace(home=place(0, layer), parameter=-1 if n else layer))
+            role = row.kind if n else row.kind._replace(role="gradient")
+            rows.append(row._replace(kind=role, home=place(0, layer), parameter=-1 if n else layer))
     kept = [number for number, row in enumerate(rows) if row.parameter < 0]
     timeline += [len(rows), *(~number for number in kept)]
     places += [NOWHERE] * (1 + len(kept))
-    rows.append(tensor([units], 4, "aten.stack.default"))
+    norms = tensor([units], 4, "aten.stack.default")
+    rows.append(norms._replace(kind=norms.kind._replace(phase="optimizer")))
     parameters = [Parameter(f"layers.{n}.weight", (64, 64), "bfloat16", True, "language") for n in range(units)]
     stack = Stack("layers", 0, 1, units, full_units, 0)
     return Trace(rows, timeline, places, [Piece("first", 0, len(timeline))], [(0, "forward")], [stack], parameters)
@@ -293,7 +295,6 @@ def test_a_row_for_each_trained_parameter_grows_with_the_layers() -> None:
     assert form.formulas[form.formula[-1]].dimensions == (Dimension(FEATURES.index("trained"), 1, 0),)
 
 
-@pytest.mark.xfail(raises=NotClosed, reason="parameters that are trained without a gradient are counted too", strict=True)
 def test_trained_parameters_without_a_gradient_have_no_row() -> None:
     """LLaVA trains a tower whose last layer is never run: the last two of the parameters have no gradient to be clipped."""
     *made, held_out = MANY.examples()
@@ -328,6 +329,8 @@ def test_dimensions_and_sizes_of_formulas() -> None:
         Formula((dimension("1", 80), dimension("samples*tokens"), dimension("1", 5)), 1, "index_sort"),
         parameters=[frozen, frozen._replace(trainable=True)],
     )
+    form.kinds.append(kind()._replace(role="gradient"))
+    form.kind[1], form.parameter[1] = 1, 1
     assert form.dimensions((2, 10, 3)).tolist() == [[2, 32, 9, 10], [3 * 576, 3, 1, 1], [1, 1, 1, 1], [80, 20, 5, 1]]
     assert form.sizes((2, 10, 3)).tolist() == [2 * 32 * 9 * 10 * 4, 3 * 576 * 3 * 2, 8, SIZES["index_sort"](80, 20, 5)]
     assert form.sizes((2, 10, 0)).tolist()[1] == 0
@@ -343,15 +346,11 @@ def test_sizes_are_exact_far_beyond_any_card() -> None:
     assert form.sizes((64, 1_000_000, 0)).tolist() == [64 * 64 * 10**12 * 4]
 
 
-@pytest.mark.xfail(reason="sizes of 2^63 bytes and more wrap around", strict=True)
 @pytest.mark.parametrize("tokens", [10**9, 10**10])
-def test_sizes_that_no_integer_of_64_bits_holds_are_not_wrong(tokens: int) -> None:
+def test_sizes_that_no_integer_of_64_bits_holds_are_refused(tokens: int) -> None:
     form = form_of(Formula((dimension("samples"), dimension("1", 64), dimension("tokens"), dimension("tokens")), 4))
-    try:
-        sizes = form.sizes((8, tokens, 0))
-    except UserError:
-        return
-    assert [int(size) for size in sizes] == [8 * 64 * tokens**2 * 4]
+    with pytest.raises(UserError, match="needs more than 4 EiB"):
+        form.sizes((8, tokens, 0))
 
 
 def test_a_form_survives_json() -> None:

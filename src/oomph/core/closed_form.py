@@ -21,8 +21,10 @@ from oomph.core.events import Kind
 from oomph.core.kernel_sizes import SIZES
 from oomph.core.trace import Parameter, Piece, Storage, Trace
 from oomph.core.unroll import Unrolled, unroll
+from oomph.errors import UserError
 
 LOSS_CHUNKS = 16
+_MOST_BYTES = 1 << 62
 
 
 class NotClosed(Exception):
@@ -70,7 +72,7 @@ def features(shape: Sequence[int], trained: int) -> dict[str, int]:
 
     Args:
         shape: (samples, tokens, images).
-        trained: how many parameters are trained, tensors and not elements.
+        trained: how many parameters get a gradient, tensors and not elements.
     """
     samples, tokens, images = shape
     rows = samples * tokens
@@ -97,7 +99,7 @@ FEATURES = tuple(features((2, 3, 4), 5))
 
 
 _PER_PARAMETER = {"aten.stack.default", "aten._foreach_norm.Scalar:output_per_tensor"}
-"""Operators whose output has a row for each trained parameter, where the gradient's norm is computed."""
+"""Operators of the optimizer whose output has a row for each gradient, where their norm is computed."""
 
 
 class Dimension(NamedTuple):
@@ -137,18 +139,32 @@ class ClosedForm:
 
     @property
     def trained(self) -> int:
-        """How many parameters are trained."""
-        return sum(parameter.trainable for parameter in self.parameters)
+        """How many parameters get a gradient; one that is trained but not used gets none."""
+        return self._trained
+
+    @functools.cached_property
+    def _trained(self) -> int:
+        gradients = {number for number, kind in enumerate(self.kinds) if kind.role == "gradient"}
+        return len({p for p, kind in zip(self.parameter, self.kind, strict=True) if kind in gradients and p >= 0})
 
     def dimensions(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
         """Every formula's dimensions at (samples, tokens, images), padded with ones: [formulas, 6]."""
-        values = np.array(list(features(shape, self.trained).values()), dtype=np.int64)
+        numbers = list(features(shape, self.trained).values())
+        if max(numbers) > _MOST_BYTES:
+            raise _too_large(shape)
+        values = np.array(numbers, dtype=np.int64)
         index, factor, offset = self._columns
         return values[index] * factor + offset
 
     def sizes(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Every formula's bytes at (samples, tokens, images)."""
+        """Every formula's bytes at (samples, tokens, images).
+
+        Raises:
+            UserError: a tensor has more bytes than any address space.
+        """
         dimensions = self.dimensions(shape)
+        if (dimensions.astype(np.float64).prod(axis=1) * self._itemsizes).max(initial=0) > _MOST_BYTES:
+            raise _too_large(shape)
         result: npt.NDArray[np.int64] = dimensions.prod(axis=1) * self._itemsizes
         for number, function, width in self._functions:
             result[number] = function(*dimensions[number, :width].tolist())
@@ -219,6 +235,11 @@ class ClosedForm:
         return cls(**{**data, **made})
 
 
+def _too_large(shape: Sequence[int]) -> UserError:
+    samples, tokens, images = shape
+    return UserError(f"a micro-batch of {samples} samples, {tokens} tokens and {images} images needs more than 4 EiB")
+
+
 def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int], Trace] | None) -> ClosedForm:
     """The closed form of traces at several shapes, checked on one more.
 
@@ -234,7 +255,7 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
     for _, other in traces[1:]:
         if other.skeleton() != first.skeleton():
             raise NotClosed("the operators depend on the shape")
-    values = [features(shape, sum(p.trainable for p in trace.parameters)) for shape, trace in traces]
+    values = [features(shape, _trained(trace)) for shape, trace in traces]
     table = [list(column) for column in zip(*(v.values() for v in values), strict=True)]
     rows = zip(*(trace.storages for _, trace in traces), strict=True)
     found: dict[Any, Formula] = {}
@@ -248,6 +269,10 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
     if check is not None:
         _check(first, formulas, check)
     return form
+
+
+def _trained(trace: Trace) -> int:
+    return len({s.parameter for s in trace.storages if s.kind.role == "gradient" and s.parameter >= 0})
 
 
 def _check(first: Trace, formulas: list[Formula], check: tuple[Sequence[int], Trace]) -> None:
@@ -314,7 +339,8 @@ def _formula(row: Sequence[Storage], table: list[list[int]]) -> Formula:
 def _dimension(values: tuple[int, ...], table: list[list[int]], storage: Storage) -> Dimension:
     """The simplest formula through the values: the smallest offset, and of those the first feature."""
     trained = FEATURES.index("trained")
-    if storage.kind.op in _PER_PARAMETER and all(v % n == 0 for v, n in zip(values, table[trained], strict=True)):
+    rows = storage.kind.op in _PER_PARAMETER and storage.kind.phase == "optimizer"
+    if rows and all(v % n == 0 for v, n in zip(values, table[trained], strict=True)):
         return Dimension(trained, values[0] // table[trained][0], 0)
     if len(set(values)) == 1:
         return Dimension(0, values[0], 0)

@@ -174,7 +174,10 @@ class CachedForms:
         if hashlib.sha256(body.encode()).hexdigest() != checksum:
             self._notify("a cached trace is damaged; tracing again")
             return None
-        return Traced.from_json(json.loads(body))
+        try:
+            return Traced.from_json(json.loads(body))
+        except (ValueError, TypeError, KeyError):
+            return None
 
     def _write(self, key: FormKey, traced: Traced) -> None:
         """Writes beside the final name and renames, so that nobody reads half a file. A full disk costs the cache only."""
