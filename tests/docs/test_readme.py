@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
+import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -10,7 +15,11 @@ from typing import Any
 
 import pytest
 
+from oomph import cli
+from oomph.records import SCHEMA
+
 INDENT = 2
+JSON_PAGE = "docs/plan-json.md"
 
 
 def listed(tree: str) -> Iterator[str]:
@@ -67,6 +76,28 @@ def test_the_screens_are_what_the_program_prints(pages: dict[str, Any], reader: 
     follow(reader, page)
 
 
+@pytest.mark.slow
+def test_the_example_for_scripts_reads_what_the_program_writes(pages: dict[str, Any], reader: Any) -> None:
+    (command,), (example,) = pages[JSON_PAGE].commands(), pages[JSON_PAGE].blocks("python")
+    reader.run(command.command)
+    before = os.getcwd()
+    os.chdir(reader.folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(example.text, JSON_PAGE, "exec"), {})
+    finally:
+        os.chdir(before)
+    written = json.loads((reader.folder / "plan.json").read_text(encoding="utf-8"))
+    (stage,) = written["stages"]
+    prediction, request = stage["prediction"], stage["prediction"]["failing_request"]
+    assert printed.getvalue() == f"finetune {prediction['fits']} {prediction['allocated_peak_bytes']}\n"
+    assert written["schema"] == SCHEMA
+    assert request["in_use_bytes"] + request["bytes"] > prediction["usable_bytes"] > request["reserved_bytes"]
+    assert sum(prediction["by_role"].values()) == sum(prediction["by_module"].values()) == request["in_use_bytes"]
+    assert sum(prediction["outside"].values()) == prediction["outside_bytes"]
+    assert stage["samples_tokens"] == 2048 - 1 + stage["image_tokens"]
+
+
 def test_a_quotation_is_followed_to_the_letter(quoting: Callable[[str, str], str]) -> None:
     output = "a 1\n\nall of it: 17 bytes\nmore\n\nlast words\n\nend\n"
     assert quoting("a 1\n\n[...]\n\nend\n", output) == "a 1\n\n[...]\n\nend\n"
@@ -83,20 +114,19 @@ def test_makefile_has_the_targets_that_the_pages_name(root: Path, pages: dict[st
 
 
 def test_exit_codes_are_those_of_the_command_line(pages: dict[str, Any]) -> None:
-    from oomph import cli
-
     documented = {int(code) for code, _ in pages["README.md"].table("For scripts")}
     assert documented == {int(code) for code in re.findall(r"(\d+): ", cli.run.__doc__ or "")}
 
 
 def test_numbers_in_the_table_of_comparisons(root: Path, pages: dict[str, Any]) -> None:
-    import gzip
-    import json
-
     folder = root / "tests" / "measured"
     text = pages["README.md"].section("What it predicts")
     traces = [json.loads(gzip.decompress(file.read_bytes())) for file in (folder / "allocator-traces").glob("*.gz")]
     requests = sum(action == "a" for trace in traces for action, *_ in trace["events"])
     assert len(traces) == 3
     assert f"three snapshots of real GPU runs, {requests:,} requests" in text
+    compared = [row for row in pages["docs/accuracy.md"].table("LoRA steps on a Tesla T4") if len(row) == 5]
+    equal = [sum(row[column] == "+0" for row in compared) for column in (2, 4)]
+    assert equal[0] == len(compared)
+    assert f"equal to the byte in all {len(compared)} rows, of reserved bytes in {equal[1]}" in text
     assert f"in {len(json.loads((folder / 'sharding.json').read_text(encoding='utf-8'))['rows'])} layouts" in text

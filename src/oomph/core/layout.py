@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oomph.core import ranks
 from oomph.core.closed_form import ClosedForm, Family
 from oomph.core.events import Events, Segment
 from oomph.core.sharding import shard
@@ -35,14 +34,14 @@ def lay_out(form: ClosedForm, choice: Choice, tokens: int, images_per_sample: in
     evaluated = evaluation_shape(choice, tokens, images_per_sample)
     if evaluated is not None and Family.of(evaluated) != Family.of(shape):
         evaluated = None
-    return _shard(form, compose(form, shape, choice.accumulation, evaluated), choice)
+    return shard(compose(form, shape, choice.accumulation, evaluated), form.parameters, choice)
 
 
 def lay_out_evaluation(form: ClosedForm, choice: Choice, tokens: int, images_per_sample: int) -> Events:
     """An evaluation after a step of its own size, for one whose batch runs other operators than the micro-batch."""
     shape = evaluation_shape(choice, tokens, images_per_sample)
     assert shape is not None
-    return _shard(form, compose(form, shape, 1, shape), choice)
+    return shard(compose(form, shape, 1, shape), form.parameters, choice)
 
 
 def evaluation_shape(choice: Choice, tokens: int, images_per_sample: int) -> Shape | None:
@@ -50,11 +49,6 @@ def evaluation_shape(choice: Choice, tokens: int, images_per_sample: int) -> Sha
     if choice.eval_batch is None:
         return None
     return Shape(choice.eval_batch, tokens, choice.eval_batch * images_per_sample)
-
-
-def _shard(form: ClosedForm, events: Events, choice: Choice) -> Events:
-    parameters = [ranks.Parameter(p.name, p.shape, p.dtype, p.trainable) for p in form.parameters]
-    return shard(events, parameters, choice)
 
 
 class _Timelines(NamedTuple):

@@ -80,7 +80,8 @@ class _StagePlanner:
     def _fits(self, choice: Choice) -> bool:
         laid = self._lay_out(choice)
         shape = self._shapes(choice, laid.tokens)[0]
-        if choice.sharding == "none" and laid.form.live_peak(shape, choice.accumulation > 1) > predict.usable_bytes(choice, self._gpu):
+        least = laid.form.live_peak(shape, choice.accumulation > 1) if choice.sharding == "none" else 0
+        if least > predict.usable_bytes(choice, self._gpu):
             return False
         return all(predict.fits(events, choice, self._gpu) for events in (laid.events, laid.evaluation) if events is not None)
 

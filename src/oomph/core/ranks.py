@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from oomph.core.events import Events, Kind, Segment
+from oomph.core.trace import ITEM_BYTES, Parameter
 from oomph.errors import UserError
 
-ITEM_BYTES: Final = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
 FP32: Final = 4
 STEP_COUNTER: Final = 4
 """Bytes of AdamW's step counter where it lives on the GPU (fused), one fp32 number for each tensor (torch/optim/adam.py)."""
-
-
-class Parameter(NamedTuple):
-    """A parameter of the model: its full name, its shape in elements, its dtype by name, and whether it is trained."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    trainable: bool
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return ITEM_BYTES[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole parameter."""
-        return self.numel * self.itemsize
-
-    @property
-    def module(self) -> str:
-        """The path of the module that owns it."""
-        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,9 @@ from typing import Final
 
 from oomph.core.events import Events, Segment
 from oomph.core.ranks import (
-    ITEM_BYTES,
     STEP_COUNTER,
     DdpSettings,
     Edit,
-    Parameter,
     Storages,
     ZeroSettings,
     arrivals,
@@ -38,6 +36,7 @@ from oomph.core.ranks import (
     hidden_size,
     part,
 )
+from oomph.core.trace import ITEM_BYTES, Parameter
 from oomph.core.zero import shard_zero, zero_static
 from oomph.core.zero3 import shard_zero3, zero3_static
 from oomph.errors import UserError

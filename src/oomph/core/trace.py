@@ -9,6 +9,20 @@ from typing import NamedTuple
 from oomph.core.events import Kind
 
 NOWHERE = -1
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 _LAYERS = 1 << 16
 
 
@@ -28,18 +42,33 @@ def layer_of(where: int) -> int:
 
 
 class Parameter(NamedTuple):
-    """A parameter of the model: its full name, its shape in elements, and the part it belongs to."""
+    """A parameter of the model: its full name, shape in elements, dtype by name, whether it trains, and its part."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     trainable: bool
-    part: str
+    part: str = ""
 
     @property
     def numel(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole parameter."""
+        return self.numel * self.itemsize
+
+    @property
+    def module(self) -> str:
+        """The path of the module that owns it."""
+        return self.name.rpartition(".")[0]
 
 
 class Storage(NamedTuple):

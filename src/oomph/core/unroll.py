@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Trace, layer_of, stack_of
+from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Trace, layer_of, place, stack_of
 
 TEMPLATE = 2
 UNITS = 5
@@ -233,7 +233,7 @@ def _parameters(trace: Trace) -> list[Parameter]:
     current: tuple[int, int] = (-1, -1)
     for parameter in trace.parameters:
         number, layer = _layer_in_name(parameter.name, trace.stacks)
-        unit = _unit(trace.stacks, number * (1 << 16) + layer) if number >= 0 else (-1, -1)
+        unit = _unit(trace.stacks, place(number, layer)) if number >= 0 else (-1, -1)
         if unit != current:
             result += _repeat(group, trace.stacks, current)
             group, current = [], unit

@@ -30,7 +30,6 @@ from oomph.core.ranks import (
     STEP_COUNTER,
     Arrival,
     Edit,
-    Parameter,
     Storages,
     ZeroSettings,
     arrivals,
@@ -39,6 +38,7 @@ from oomph.core.ranks import (
     optimizer_groups,
     part,
 )
+from oomph.core.trace import Parameter
 from oomph.records import Choice
 
 ALIGNMENT = 2

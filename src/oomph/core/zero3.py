@@ -37,7 +37,6 @@ from oomph.core.ranks import (
     STEP_COUNTER,
     Arrival,
     Edit,
-    Parameter,
     Storages,
     ZeroSettings,
     arrivals,
@@ -46,6 +45,7 @@ from oomph.core.ranks import (
     optimizer_groups,
     part,
 )
+from oomph.core.trace import Parameter
 from oomph.records import Choice
 
 _COMPUTING = ("forward", "recompute", "backward", "evaluate")

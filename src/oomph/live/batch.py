@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -120,8 +121,10 @@ def text_inputs(config: PretrainedConfig, shape: Shape, images: Images | None) -
     The images' tokens stand at the beginning of the samples, as many images in each.
     """
     size = (shape.samples, shape.tokens)
-    sees = images is not None and shape.images > 0
-    ids = known(lambda: _token_ids(config, shape, images.tokens)) if sees else torch.empty(size, dtype=torch.long)
+    if images is None or not shape.images:
+        ids = torch.empty(size, dtype=torch.long)
+    else:
+        ids = known(functools.partial(_token_ids, config, shape, images.tokens))
     inputs = {"input_ids": ids, "labels": torch.empty(size, dtype=torch.long)}
     if config.model_type in _THREE_POSITIONS:
         inputs["position_ids"] = torch.empty((3, *size), dtype=torch.long)
