@@ -94,7 +94,7 @@ class Remembered:
 
 
 def _refuse(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None]) -> None:
-    raise LookupError(f"the cache lacks {len(keys)} traces that the timed run should have left there")
+    raise LookupError(f"the cache lacks {len(keys)} traces of the last timed run; was the package changed meanwhile?")
 
 
 def main() -> None:
@@ -182,7 +182,7 @@ def run(command: Sequence[str], cache: Path, allowed: frozenset[int] | set[int] 
 
 def loops(folder: Path, rounds: int) -> list[Row]:
     """Evaluations of a closed form and replays of the allocator, on the stage that the published settings cannot hold."""
-    form, events, shape = planned(folder / "0" / "oomph" / "traces")
+    form, events, shape = planned(folder / str(rounds - 1) / "oomph" / "traces")
     timeline = [entry for segment in events.segments for entry in segment.timeline]
     settings, tokens = AllocatorSettings(), count(1024)
     signs = np.where(np.array(timeline) >= 0, 1, -1)

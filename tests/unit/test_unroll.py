@@ -397,7 +397,6 @@ def test_a_storage_of_another_layer_s_parameter_is_refused() -> None:
         unroll(trace)
 
 
-@pytest.mark.xfail(raises=KeyError, reason="freeing what is not born yet is a KeyError, no NotPeriodic", strict=True)
 def test_a_layer_that_frees_what_is_not_born_yet_is_refused() -> None:
     """Layer 3 frees what layer 1 made, before layer 2 runs: layer 5 of seven would free what layer 3 has not made yet."""
     with pytest.raises(NotPeriodic):

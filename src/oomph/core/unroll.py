@@ -168,8 +168,11 @@ class _Unroller:
             entry = self.trace.timeline[at]
             if entry >= 0:
                 self.out.timeline.append(self._birth(entry, run, instance))
-            else:
+                continue
+            try:
                 self.out.timeline += [~number for number in self._deaths(~entry, run, instance)]
+            except KeyError:
+                raise NotPeriodic("a repeated layer frees what is not born yet") from None
 
     def _birth(self, storage: int, run: _Run, instance: int) -> int:
         row = self.trace.storages[storage]

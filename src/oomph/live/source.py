@@ -63,8 +63,9 @@ def make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None])
         for key in keys:
             done(key, make_form(key))
         return
+    longest_first = sorted(keys, key=lambda key: -key.expert_count)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        futures = {pool.submit(make_form, key): key for key in keys}
+        futures = {pool.submit(make_form, key): key for key in longest_first}
         try:
             for future in as_completed(futures):
                 done(futures[future], future.result())
