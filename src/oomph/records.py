@@ -107,7 +107,7 @@ class Footprint(Record):
 
 @dataclass(frozen=True)
 class Prediction(Record):
-    """What one GPU of the stage needs, and whether the card has it.
+    """What one GPU of the stage needs, its evaluation included, and whether the card has it.
 
     `by_role` and `by_module` are the blocks alive at the allocated peak; where the step fails, at the failing request.
     `outside` names the parts of `outside_bytes`, which are not the allocator's. `error_bound` is a fraction of

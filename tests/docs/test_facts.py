@@ -15,7 +15,7 @@ from oomph.core.allocator import AllocatorSettings, segment_bytes
 from oomph.core.catalogue import MODELS
 from oomph.core.closed_form import FEATURES, LEAST_ROWS, LOSS_CHUNKS, ClosedForm, Dimension, Family, Formula
 from oomph.core.devices import catalogue
-from oomph.core.events import Kind
+from oomph.core.events import Events, Kind
 from oomph.core.layout import lay_out
 from oomph.core.plan import LOOPS_OVER_IMAGES
 from oomph.core.predict import LARGEST
@@ -148,7 +148,7 @@ def test_numbers_of_a_prediction(pages: dict[str, Any]) -> None:
     from oomph.core.predict import _bound
 
     assert number(pages["docs/plan-json.md"].section("`Prediction`"), r"up to (\d+) of those in use") == LARGEST
-    assert number(pages["docs/prediction.md"].section("Error bound"), r"upwards: (\d+) %") == round(100 * _bound({}, 1))
+    assert number(pages["docs/prediction.md"].section("Error bound"), r"upwards: (\d+) %") == round(100 * _bound(Events(), [], 1))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/prediction.md", "docs/tracing.md", "docs/allocator.md"])

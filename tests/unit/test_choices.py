@@ -276,7 +276,7 @@ def test_the_ragged_rest_is_named() -> None:
     assert micro_batch_sizes(choice) == ((2, 2, 1), (2, 2, 1), (2, 1, 1), (2, 1, 1))
     assert reasons["samples_per_gpu"] == "18 samples over 4 GPUs: 5 on 2 of them and 4 on the others"
     assert reasons["accumulation"] == "5 samples of a GPU, 2 at a time, make 3"
-    assert reasons["last_micro_batch"] == "1 samples, ragged: the others have 2"
+    assert reasons["last_micro_batch"] == "1 sample, ragged: the others have 2"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -181,15 +182,14 @@ def test_a_dimension_that_is_no_formula_is_refused(dims: Dims) -> None:
 
 
 def test_the_check_finds_what_two_traces_do_not_show() -> None:
-    """At the two shapes of the traces, 576 tokens more look like samples."""
-    first, second, third = MANY.examples()
-    assert (first[:2], second[:2]) == ((2, 2049), (3, 3201))
+    """A dimension that is the tokens at the two shapes of the traces, and something else at the third."""
+    samples, tokens, _ = held_out = MANY.examples()[2]
 
-    def dims(samples: int, tokens: int, images: int) -> list[int]:
-        return [tokens + 576]
+    def dims(*shape: int) -> list[int]:
+        return [shape[1] + 576 * (shape[0] == samples)]
 
-    assert fitted(dims, checked=False).sizes(third).tolist() != [2 * (third[1] + 576)]
-    with pytest.raises(NotClosed, match=f"has {2 * (third[1] + 576)} bytes, not"):
+    assert fitted(dims, checked=False).sizes(held_out).tolist() == [2 * tokens]
+    with pytest.raises(NotClosed, match=f"has {2 * (tokens + 576)} bytes, not {2 * tokens}"):
         fitted(dims)
 
 
@@ -423,9 +423,28 @@ def test_the_examples_of_a_family_belong_to_it(one_sample: bool, images: int, im
         assert tokens % 128 == 1
 
 
+def alike(family: Family, image_tokens: int) -> set[tuple[str, str]]:
+    """Features that, at the two shapes that formulas are made from, are a multiple of an earlier one that they are not."""
+    first, second, _ = family.examples(image_tokens)
+    other = (first[0], first[1] + 777, first[2])
+    one, two, three = (features(shape, 0) for shape in (first, second, other))
+    found = set()
+    for name, earlier in itertools.combinations(VARYING[::-1], 2):
+        if one[name] == two[name] or one[earlier] in (0, two[earlier]) or one[name] % one[earlier]:
+            continue
+        factor = one[name] // one[earlier]
+        multiple = two[name] == factor * two[earlier]
+        if multiple and not (family.one_sample and three[name] == factor * three[earlier]):
+            found.add((name, earlier))
+    return found
+
+
+FAMILIES = [Family(False, images) for images in (0, 2, -2, -8)] + [Family(True, images) for images in (0, 1, 2, -2, -8)]
+
+
+@pytest.mark.xfail(reason="padded tokens look like samples where an image has few tokens", strict=True)
 def test_the_examples_tell_all_features_apart() -> None:
-    """No two features are equal at the two shapes that formulas are made from."""
-    for family, names in ((MANY, VARYING), (ONE, ["samples*(tokens-1)", "tokens", "images", "tokens²", "chunk", "last chunk"])):
-        first, second, _ = family.examples(576)
-        seen = {(features(first, 0)[name], features(second, 0)[name]) for name in names}
-        assert len(seen) == len(names)
+    """Whatever the tokens of an image: a formula that is found by mistake fails its check, and the model has no form."""
+    image_tokens = [*range(0, 1200, 7), 2048, 2880, 4096]
+    found = {(family, tokens): alike(family, tokens) for family in FAMILIES for tokens in image_tokens}
+    assert not {at: names for at, names in found.items() if names}

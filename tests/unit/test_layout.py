@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oomph.core.allocator import Allocator, replay
 from oomph.core.closed_form import ClosedForm
 from oomph.core.events import Events, Segment
-from oomph.core.layout import Shape, compose, evaluation_shape, lay_out, lay_out_evaluation, timelines
+from oomph.core.layout import Shape, compose, evaluation_shape, lay_out, timelines
 from oomph.records import Choice, Sharding
 
 TOKENS, IMAGES = 96, 1
@@ -138,7 +138,8 @@ def test_an_evaluation_has_its_own_batch(toy: ClosedForm) -> None:
     events = lay_out(toy, choice(2, eval_batch=5), TOKENS, IMAGES)
     evaluated = [entry for entry in segment(events, "evaluate").timeline if entry >= 0]
     sizes = toy.sizes((5, TOKENS, 5))
-    assert [events.sizes[storage] for storage in evaluated] == [sizes[toy.formula[storage]] for storage in evaluated]
+    births = [entry for entry in timelines(toy).pieces["evaluate"][0] if entry >= 0]
+    assert [events.sizes[storage] for storage in evaluated] == [sizes[toy.formula[storage]] for storage in births]
     assert events.shapes[evaluated[1]] == (5, 4, TOKENS, TOKENS)
     trained = lay_out(toy, choice(2), TOKENS, IMAGES)
     rest = set(range(len(events.sizes))) - set(evaluated)
@@ -152,15 +153,17 @@ def test_an_evaluation_ends_nothing_of_the_run(toy: ClosedForm) -> None:
 
 
 @pytest.mark.parametrize(("micro_batch", "eval_batch"), [(1, 4), (4, 1)])
-def test_an_evaluation_of_another_family_stands_apart(toy: ClosedForm, micro_batch: int, eval_batch: int) -> None:
-    """One sample runs other operators than several, so that its form is another."""
+def test_an_evaluation_of_another_family_takes_its_own_form(toy: ClosedForm, micro_batch: int, eval_batch: int) -> None:
+    """One sample runs other operators than several, so that its form is another; here it needs twice the bytes."""
+    other = ClosedForm.from_json(toy.to_json())
+    other.formulas = [formula._replace(itemsize=2 * formula.itemsize) for formula in other.formulas]
     wanted = choice(micro_batch, eval_batch=eval_batch)
-    events = lay_out(toy, wanted, TOKENS, IMAGES)
-    assert all(piece.name != "evaluate" for piece in events.segments)
-    apart = lay_out_evaluation(toy, wanted, TOKENS, IMAGES)
-    assert apart.segments[-1].name == "evaluate"
-    scores = next(e for e in apart.segments[-1].timeline if apart.kinds[e].role == "scores")
-    assert apart.shapes[scores] == (eval_batch, 4, TOKENS, TOKENS)
+    plain, events = lay_out(toy, wanted, TOKENS, IMAGES), lay_out(toy, wanted, TOKENS, IMAGES, other)
+    assert events.segments[:-1] == plain.segments[:-1]
+    evaluated = [e for e in segment(events, "evaluate").timeline if e >= 0]
+    assert [events.sizes[e] for e in evaluated] == [2 * plain.sizes[e] for e in segment(plain, "evaluate").timeline if e >= 0]
+    scores = next(e for e in evaluated if events.kinds[e].role == "scores")
+    assert events.shapes[scores] == (eval_batch, 4, TOKENS, TOKENS)
 
 
 def test_no_evaluation_has_no_shape() -> None:

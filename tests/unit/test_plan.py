@@ -249,7 +249,6 @@ def test_a_model_that_loops_over_images_has_a_form_for_each_number(source: FakeS
     assert "llava" not in LOOPS_OVER_IMAGES
 
 
-@pytest.mark.xfail(reason="an evaluated batch of another number of images takes the form of the micro-batch's", strict=True)
 def test_a_model_that_loops_over_images_is_evaluated_with_a_form_of_its_own(source: FakeSource) -> None:
     make_plan(recipe("qwen2.5-vl-7b-instruct", micro_batch=2, eval_batch=4), source)
     assert source.families() == [Family(False, -2), Family(False, -4)]
@@ -273,7 +272,7 @@ def test_a_model_without_a_form_is_traced_at_its_shape(toy: ClosedForm) -> None:
     assert open_source.shapes() == [(2, TOKENS, 0)]
     (closed,) = make_plan(recipe(micro_batch=2), FakeSource(toy)).stages
     assert stage.prediction == closed.prediction
-    assert stage.traced == "no closed form: because"
+    assert stage.traced == "traced at this very shape; no closed form: because"
 
 
 def test_a_model_without_a_form_is_traced_at_every_cut_that_is_tried(toy: ClosedForm, small_card: Callable[[int], Gpu]) -> None:
@@ -284,7 +283,6 @@ def test_a_model_without_a_form_is_traced_at_every_cut_that_is_tried(toy: Closed
     assert open_source.shapes() == [(cut, TOKENS, 0) for cut in CUTS if cut >= 2]
 
 
-@pytest.mark.xfail(reason="without a closed form, an evaluation is as large as the micro-batch", strict=True)
 @pytest.mark.parametrize("eval_batch", [2, 8])
 def test_a_model_without_a_form_is_evaluated_at_its_own_shape(toy: ClosedForm, eval_batch: int) -> None:
     wanted = recipe(micro_batch=4, eval_batch=eval_batch)
@@ -303,7 +301,6 @@ def test_fewer_tokens_than_the_loss_has_chunks_for_are_traced_at_their_shape(sou
     assert source.shapes() == [(2, few, 0)]
 
 
-@pytest.mark.xfail(reason="the plan says closed form where it was traced at its shape", strict=True)
 def test_a_shape_that_was_traced_by_itself_is_said_to_be(source: FakeSource) -> None:
     (stage,) = make_plan(recipe(micro_batch=2, data={"max_tokens": 100}), source).stages
     assert stage.traced == "traced at this very shape"

@@ -196,12 +196,12 @@ BAD = [
     (STAGE, "  - name: tune\n    data:", "`stages.tune.data` must be a mapping of keys to values, not empty"),
     (STAGE, "  - name: tune\n    data: {max_tokns: 3}", "did you mean `stages.tune.data.max_tokens`"),
     (STAGE, "  - name: tune\n    memory: {loss: half}", "memory.loss` must be auto, full, full-shifted or chunked"),
-    (STAGE, "  - name: tune\n    experts: {count: 1, top_k: 1}", "`stages.tune.experts.count` must be at least 2"),
+    (STAGE, "  - name: tune\n    experts: {count: 1, top_k: 2}", "`stages.tune.experts.count` must be at least 2"),
     (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 5}", "top_k 5 is more than count 4"),
-    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 1, layers: odd}", "alternate, first_half", "not 'odd'"),
-    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 1, layers: [1, 1]}", "different layer numbers"),
-    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 1, layers: []}", "different layer numbers"),
-    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 1, layers: [-1]}", "layer numbers from 0"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, layers: odd}", "alternate, first_half", "not 'odd'"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, layers: [1, 1]}", "different layer numbers"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, layers: []}", "different layer numbers"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, layers: [-1]}", "layer numbers from 0"),
     (MODEL, "model: 2", "`model` must be a model's name, or its parts vision, projector and language, not 2"),
     (MODEL, "model: [phi-2]", "`model` must be a model's name", "not a list"),
     (MODEL, "model: {vision: a, langage: b, projector: linear}", "did you mean `model.language`"),
@@ -319,7 +319,7 @@ def test_settings_reach_every_kind_of_key() -> None:
             "hardware.gpus=4",
             "stages.finetune.effective_batch=64",
             "stages.align.data.images_per_sample=2",
-            "stages.moe.experts.top_k=1",
+            "stages.moe.experts.top_k=3",
             "stages.moe.train.language:*.mlp.fc*=1e-5",
             "stages.finetune.memory.loss=chunked",
             "model.vision_feature_select=full",
@@ -331,7 +331,7 @@ def test_settings_reach_every_kind_of_key() -> None:
     assert (align.images_per_sample, align.max_tokens) == (2, 55)
     moe = stage_of(recipe, "moe")
     assert moe.experts is not None
-    assert moe.experts.top_k == 1
+    assert moe.experts.top_k == 3
     assert moe.train["language:*.mlp.fc*"] == 1e-5
     assert [memory_of(recipe, stage).loss for stage in recipe.stages] == ["full-shifted", "chunked", "full-shifted"]
 

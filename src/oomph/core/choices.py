@@ -59,7 +59,8 @@ def resolve(
     problems = _impossible(values, gpu.name, capability, gpus)
     sharing = _unshareable(stage.effective_batch, gpus, pinned, exact)
     if problems or sharing:
-        raise UserError([f"stage {stage.name}: {problem}" for problem in [*problems, *sharing]], _way_out(stage, gpus, exact))
+        hint = _way_out(stage, gpus, exact) if sharing else "`auto` leaves a knob to the planner"
+        raise UserError([f"stage {stage.name}: {problem}" for problem in [*problems, *sharing]], hint)
 
     def choice_of(micro_batch: int) -> Choice:
         return Choice(
@@ -231,13 +232,14 @@ def _derived(choice: Choice, stage: Stage, eval_batch: int | str) -> dict[str, s
     most, more = _most(batch, gpus), batch % gpus
     shares = f"{most} on {more} of them and {most - 1} on the others" if more else f"{most} on each"
     last = most - (choice.accumulation - 1) * micro_batch
+    ragged = "" if last == micro_batch else f", ragged: the others have {micro_batch}"
     evaluation = {"auto": "as the micro-batch; evaluation keeps no graph", "none": "the run does not evaluate"}
     return {
         "effective_batch": f"given by stages.{stage.name}.effective_batch",
         "gpus": "given by hardware.gpus",
         "samples_per_gpu": f"{batch} samples over {gpus} GPU{'s' if gpus > 1 else ''}: {shares}",
         "accumulation": f"{most} samples of a GPU, {micro_batch} at a time, make {choice.accumulation}",
-        "last_micro_batch": f"{last} samples" + ("" if last == micro_batch else f", ragged: the others have {micro_batch}"),
+        "last_micro_batch": f"{last} sample{'s' if last > 1 else ''}" + ragged,
         "eval_batch": evaluation.get(str(eval_batch), _pinned(stage, "eval_batch")),
     }
 

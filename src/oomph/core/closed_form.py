@@ -55,8 +55,8 @@ class Family(NamedTuple):
         samples = (1, 1, 1) if self.one_sample else (2, 3, 5)
         per_sample = (2, 3, 4) if self.one_sample else (2, 3, 1)
         images = [abs(self.images) if self.images < 2 else b * n for b, n in zip(samples, per_sample, strict=True)]
-        rows = zip(samples, (2049, 3201, 2621), images, strict=True)
-        return [(b, s + _up(-(-n // b) * image_tokens, 128), n) for b, s, n in rows]
+        room = max(_up(-(-n // b) * image_tokens, 128) for b, n in zip(samples, images, strict=True))
+        return [(b, s + room, n) for b, s, n in zip(samples, (2049, 3201, 2621), images, strict=True)]
 
 
 LEAST_ROWS = LOSS_CHUNKS * LOSS_CHUNKS
@@ -171,7 +171,7 @@ class ClosedForm:
         return result
 
     def live_peak(self, shape: Sequence[int], accumulates: bool) -> int:
-        """The most bytes alive at one time in a step, each storage rounded up to 512 bytes.
+        """The most bytes alive at one time in the first step, each storage rounded up to 512 bytes.
 
         A lower bound of what one GPU without sharding allocates: the allocator adds what it cannot split off.
 

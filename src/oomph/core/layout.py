@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oomph.core.closed_form import ClosedForm, Family
+from oomph.core.closed_form import ClosedForm
 from oomph.core.events import Events, Segment
 from oomph.core.sharding import shard
 from oomph.records import Choice
@@ -21,27 +21,24 @@ class Shape(NamedTuple):
     images: int
 
 
-def lay_out(form: ClosedForm, choice: Choice, tokens: int, images_per_sample: int) -> Events:
+def lay_out(
+    form: ClosedForm, choice: Choice, tokens: int, images_per_sample: int, evaluation: ClosedForm | None = None
+) -> Events:
     """The events of one rank of the choice, every sample of `tokens` tokens and `images_per_sample` images.
 
-    The evaluation is part of it where its batch runs the same operators as the micro-batch; `lay_out_evaluation` gives
-    it where it does not.
+    Args:
+        form: of the micro-batch's family.
+        choice: the knobs.
+        tokens: of a sample.
+        images_per_sample: of a sample.
+        evaluation: of the evaluated batch's family, where that is another.
 
     Raises:
-        UserError: the sharding cannot hold these parameters.
+        UserError: the sharding cannot hold these parameters, or a tensor is impossibly large.
     """
     shape = Shape(choice.micro_batch, tokens, choice.micro_batch * images_per_sample)
     evaluated = evaluation_shape(choice, tokens, images_per_sample)
-    if evaluated is not None and Family.of(evaluated) != Family.of(shape):
-        evaluated = None
-    return shard(compose(form, shape, choice.accumulation, evaluated), form.parameters, choice)
-
-
-def lay_out_evaluation(form: ClosedForm, choice: Choice, tokens: int, images_per_sample: int) -> Events:
-    """An evaluation after a step of its own size, for one whose batch runs other operators than the micro-batch."""
-    shape = evaluation_shape(choice, tokens, images_per_sample)
-    assert shape is not None
-    return shard(compose(form, shape, 1, shape), form.parameters, choice)
+    return shard(compose(form, shape, choice.accumulation, evaluated, evaluation), form.parameters, choice)
 
 
 def evaluation_shape(choice: Choice, tokens: int, images_per_sample: int) -> Shape | None:
@@ -79,14 +76,17 @@ def _freed(timeline: Iterable[int]) -> set[int]:
     return {~entry for entry in timeline if entry < 0}
 
 
-def compose(form: ClosedForm, shape: Shape, accumulation: int, evaluated: Shape | None) -> Events:
+def compose(
+    form: ClosedForm, shape: Shape, accumulation: int, evaluated: Shape | None, evaluation: ClosedForm | None = None
+) -> Events:
     """The events of one GPU without sharding.
 
     Args:
         form: of the shape's family.
         shape: of a micro-batch.
         accumulation: micro-batches of a step.
-        evaluated: the shape of an evaluated batch, of the same family; none to leave the evaluation out.
+        evaluated: the shape of an evaluated batch; none to leave the evaluation out.
+        evaluation: of the evaluated shape's family, where that is another.
     """
     cut = timelines(form)
     first, first_marks = cut.pieces["first"]
@@ -100,9 +100,24 @@ def compose(form: ClosedForm, shape: Shape, accumulation: int, evaluated: Shape 
             segments.append(Segment(f"{step}/next", *cut.pieces["next"], accumulation - 1))
         ending = ([*optimizer, *(~s for s in cut.left)], optimizer_marks) if again else cut.pieces["warmup/optimizer"]
         segments.append(Segment(f"{step}/optimizer", *ending))
+    events = _columns(form, shape)
+    events.segments = segments
     if evaluated is not None:
-        segments.append(Segment("evaluate", *cut.pieces["evaluate"]))
-    return _columns(form, shape, evaluated, segments)
+        _append_evaluation(events, evaluation or form, evaluated)
+    return events
+
+
+def _append_evaluation(events: Events, form: ClosedForm, shape: Shape) -> None:
+    """Adds the storages of an evaluation, which lives by itself, and its segment."""
+    timeline, marks = timelines(form).pieces["evaluate"]
+    own = _columns(form, shape)
+    numbers = {
+        storage: events.add(own.sizes[storage], own.shapes[storage], own.kinds[storage], own.layers[storage])
+        for storage in timeline
+        if storage >= 0
+    }
+    renumbered = [numbers[entry] if entry >= 0 else ~numbers[~entry] for entry in timeline]
+    events.segments.append(Segment("evaluate", renumbered, marks))
 
 
 def _without(
@@ -113,18 +128,17 @@ def _without(
     return kept, tuple((at - sum(position < at for position in dropped), phase) for at, phase in marks)
 
 
-def _columns(form: ClosedForm, shape: Shape, evaluated: Shape | None, segments: list[Segment]) -> Events:
+def _columns(form: ClosedForm, shape: Shape) -> Events:
+    """The form's storages at a shape, without segments."""
     sizes = form.sizes(shape)
-    nbytes = sizes[np.array(form.formula)].tolist()
     shapes = _shapes(form, form.dimensions(shape).tolist(), sizes.tolist())
-    rows = [shapes[number] for number in form.formula]
-    if evaluated is not None and evaluated != shape:
-        other = form.sizes(evaluated).tolist()
-        other_shapes = _shapes(form, form.dimensions(evaluated).tolist(), other)
-        for storage in (s for s in segments[-1].timeline if s >= 0):
-            nbytes[storage], rows[storage] = other[form.formula[storage]], other_shapes[form.formula[storage]]
-    kinds = [form.kinds[number] for number in form.kind]
-    return Events(nbytes, rows, kinds, list(form.layer), list(form.parameter), segments)
+    return Events(
+        sizes=sizes[np.array(form.formula)].tolist(),
+        shapes=[shapes[number] for number in form.formula],
+        kinds=[form.kinds[number] for number in form.kind],
+        layers=list(form.layer),
+        parameters=list(form.parameter),
+    )
 
 
 def _shapes(form: ClosedForm, dimensions: list[list[int]], sizes: list[int]) -> list[tuple[int, ...]]:

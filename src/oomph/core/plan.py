@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from oomph.core.closed_form import LEAST_ROWS, ClosedForm, Family
 from oomph.core.devices import Gpu, find_gpu
 from oomph.core.events import Events
 from oomph.core.forms import FormKey, Source, Traced, versions
-from oomph.core.layout import Shape, evaluation_shape, lay_out, lay_out_evaluation
+from oomph.core.layout import Shape, evaluation_shape, lay_out
+from oomph.errors import UserError
 from oomph.recipe import Parts, Recipe, Stage, data_of, stage_of
 from oomph.records import Choice, Plan, StagePlan
 
@@ -30,18 +32,34 @@ def make_plan(recipe: Recipe, source: Source, stages: Sequence[str] | None = Non
     """
     gpu = find_gpu(recipe.hardware.gpu)
     planned = [stage_of(recipe, name) for name in stages] if stages else list(recipe.stages)
-    planners = [_StagePlanner(recipe, stage, gpu, source) for stage in planned]
+    planners = _planners(recipe, planned, gpu, source)
     source.prepare([key for planner in planners for key in planner.first_keys()])
     return Plan(recipe.name, gpu.name, recipe.hardware.gpus, tuple(planner.plan() for planner in planners), versions())
 
 
+def _planners(recipe: Recipe, stages: Sequence[Stage], gpu: Gpu, source: Source) -> list[_StagePlanner]:
+    """A planner for each stage.
+
+    Raises:
+        UserError: with the problems of all stages.
+    """
+    planners, errors = [], []
+    for stage in stages:
+        try:
+            planners.append(_StagePlanner(recipe, stage, gpu, source))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise UserError([problem for error in errors for problem in error.problems], errors[0].hint)
+    return planners
+
+
 class _Laid(NamedTuple):
-    """A choice laid out: the form it came from, its events, those of an evaluation apart, the tokens of a sample."""
+    """A choice laid out: what the tracer made, its form, its events, the tokens of a sample."""
 
     traced: Traced
     form: ClosedForm
     events: Events
-    evaluation: Events | None
     tokens: int
 
 
@@ -63,7 +81,7 @@ class _StagePlanner:
         """The stage's plan."""
         choice, reasons = resolve(self._stage, self._recipe, self._gpu, self._fits)
         laid = self._lay_out(choice)
-        prediction = predict.predict(laid.events, choice, self._gpu, laid.form.unclassified, laid.evaluation)
+        prediction = predict.predict(laid.events, choice, self._gpu, laid.form.unclassified)
         counts = [(parameter.trainable, parameter.numel) for parameter in laid.form.parameters]
         return StagePlan(
             name=self._stage.name,
@@ -83,25 +101,25 @@ class _StagePlanner:
         least = laid.form.live_peak(shape, choice.accumulation > 1) if choice.sharding == "none" else 0
         if least > predict.usable_bytes(choice, self._gpu):
             return False
-        return all(predict.fits(events, choice, self._gpu) for events in (laid.events, laid.evaluation) if events is not None)
+        return predict.fits(laid.events, choice, self._gpu)
 
     def _lay_out(self, choice: Choice) -> _Laid:
-        micro, evaluated = self._family(self._shapes(choice, 1)[0]), None
-        traced = self._source.traced(self._key(choice, micro))
+        traced = self._source.traced(self._key(choice, self._family(self._shapes(choice, 1)[0])))
         tokens = sample_tokens(self._data, traced.image_tokens if self._images else 0)
-        form = self._form(choice, traced, self._shapes(choice, tokens)[0])
-        events = lay_out(form, choice, tokens, self._images)
-        shape = evaluation_shape(choice, tokens, self._images)
-        if shape is not None and not any(segment.name == "evaluate" for segment in events.segments):
-            other = self._source.traced(self._key(choice, self._family(shape)))
-            evaluated = lay_out_evaluation(self._form(choice, other, shape), choice, tokens, self._images)
-        return _Laid(traced, form, events, evaluated, tokens)
+        micro, *evaluated = self._shapes(choice, tokens)
+        traced, form = self._traced(choice, micro)
+        evaluation = self._traced(choice, evaluated[0])[1] if evaluated and evaluated[0] != micro else None
+        return _Laid(traced, form, lay_out(form, choice, tokens, self._images, evaluation), tokens)
 
-    def _form(self, choice: Choice, traced: Traced, shape: Shape) -> ClosedForm:
-        if traced.form is None or shape.samples * shape.tokens < LEAST_ROWS:
+    def _traced(self, choice: Choice, shape: Shape) -> tuple[Traced, ClosedForm]:
+        """The form of a shape's family, or, where sizes are not closed, of the shape itself."""
+        general = traced = self._source.traced(self._key(choice, self._family(shape)))
+        if general.form is None or shape.samples * shape.tokens < LEAST_ROWS:
             traced = self._source.traced(self._key(choice, self._family(shape), shape))
+        if general.form is None:
+            traced = replace(traced, how=f"{traced.how}; {general.how}")
         assert traced.form is not None
-        return traced.form
+        return traced, traced.form
 
     def _shapes(self, choice: Choice, tokens: int) -> list[Shape]:
         shapes = [Shape(choice.micro_batch, tokens, choice.micro_batch * self._images)]

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from oomph.core.allocator import Allocator, AllocatorSettings, Replay, replay
 from oomph.core.devices import Gpu, outside
-from oomph.core.events import Events
+from oomph.core.events import Events, Kind
 from oomph.records import Choice, FailingRequest, PhasePeak, Prediction
 
 LARGEST = 8
+CONVOLUTION = "aten.convolution.default"
 
 
-def predict(
-    events: Events, choice: Choice, gpu: Gpu, unclassified: dict[str, int], evaluation: Events | None = None
-) -> Prediction:
+def predict(events: Events, choice: Choice, gpu: Gpu, unclassified: Collection[str]) -> Prediction:
     """What one rank needs of a card, and whether it fits.
 
     Args:
         events: the rank's events, as `layout.lay_out` gives them.
         choice: for the allocator's settings and the number of GPUs.
         gpu: the card.
-        unclassified: operators whose CUDA kernels nobody has looked at, with their largest output in bytes.
-        evaluation: the events of an evaluation that is not among `events`.
+        unclassified: operators whose CUDA kernels nobody has looked at.
     """
     beside = outside(gpu, choice.gpus)
     usable = gpu.memory_bytes - beside.bytes
@@ -32,20 +30,18 @@ def predict(
     result = replay(events.sizes, events.segments, Allocator(capacity_bytes=usable, settings=settings))
     whole = result if result.failure is None else replay(events.sizes, events.segments, Allocator(settings=settings))
     phases, evaluated = _split(whole.phases)
-    if evaluation is not None:
-        evaluated = _split(replay(evaluation.sizes, evaluation.segments, Allocator(settings=settings)).phases)[1]
     return Prediction(
-        fits=result.failure is None and (evaluation is None or fits(evaluation, choice, gpu)),
+        fits=result.failure is None,
         allocated_peak_bytes=whole.peak_allocated,
         reserved_peak_bytes=whole.peak_reserved,
         outside_bytes=beside.bytes,
         usable_bytes=usable,
         phases=phases,
         by_role=_sums(result.block_sizes, lambda storage: events.kinds[storage].role),
-        by_module=_sums(result.block_sizes, lambda storage: module_group(events.kinds[storage].module)),
+        by_module=_sums(result.block_sizes, lambda storage: owner(events.kinds[storage])),
         failing_request=_failing(events, result),
         largest_requests=tuple(events.request(storage) for storage in _largest(events, result.block_sizes)),
-        error_bound=_bound(unclassified, whole.peak_allocated),
+        error_bound=_bound(events, unclassified, whole.peak_allocated),
         leaves_out=leaves_out(choice, unclassified),
         outside={line.name: line.bytes for line in beside.lines},
         evaluation=evaluated,
@@ -64,15 +60,21 @@ def fits(events: Events, choice: Choice, gpu: Gpu) -> bool:
     return replay(events.sizes, events.segments, allocator).failure is None
 
 
-def module_group(template: str) -> str:
-    """A module's path shortened to what a table can show: ``model.language_model.layers.*.self_attn``."""
-    if not template:
-        return "outside the model's modules"
-    before, layers, after = template.partition("{}")
+def owner(kind: Kind) -> str:
+    """Whose a storage is: its module's path shortened to what a table can show, or the sharding's or a library's name.
+
+    ``model.language_model.layers.*.self_attn`` for example.
+    """
+    if not kind.module:
+        return _LIBRARIES.get(kind.op.partition(".")[0], "outside the model's modules")
+    before, layers, after = kind.module.partition("{}")
     if layers:
         child = after.split(".")[1] if after.count(".") else ""
         return f"{before}*{'.' if child else ''}{child}"
-    return ".".join(template.split(".")[:3])
+    return ".".join(kind.module.split(".")[:3])
+
+
+_LIBRARIES = {"zero": "DeepSpeed's ZeRO", "ddp": "DistributedDataParallel"}
 
 
 def _split(phases: tuple[PhasePeak, ...]) -> tuple[tuple[PhasePeak, ...], PhasePeak | None]:
@@ -98,21 +100,25 @@ def _failing(events: Events, result: Replay) -> FailingRequest | None:
     return FailingRequest(**vars(request), in_use_bytes=result.failure.allocated, reserved_bytes=result.failure.reserved)
 
 
-def _bound(unclassified: dict[str, int], peak: int) -> float:
+def _bound(events: Events, unclassified: Collection[str], peak: int) -> float:
     """A fraction of the peak below which the truth may lie above the prediction.
 
     One per cent for what has not been compared with a measurement of the same stack, and once the largest output of an
     operator whose CUDA kernel nobody has looked at, since it may need a temporary as large.
     """
-    return 0.01 + (max(unclassified.values(), default=0) / peak if peak else 0.0)
+    unknown = (size for size, kind in zip(events.sizes, events.kinds, strict=True) if kind.op in unclassified)
+    return 0.01 + (max(unknown, default=0) / peak if peak else 0.0)
 
 
-def leaves_out(choice: Choice, unclassified: dict[str, int]) -> tuple[str, ...]:
+def leaves_out(choice: Choice, unclassified: Collection[str]) -> tuple[str, ...]:
     """What a prediction does not count, in words."""
-    items = ["the workspace that cuDNN picks for the patch embedding's convolution", "other processes on the card"]
+    items = ["other processes on the card"]
+    if CONVOLUTION in unclassified:
+        items.insert(0, "the workspace that cuDNN picks for the patch embedding's convolution")
     if choice.gpus > 1:
         items.append("communicators beyond the first")
-    if unclassified:
-        names = ", ".join(sorted(unclassified)[:4]) + (" ..." if len(unclassified) > 4 else "")
+    others = sorted(set(unclassified) - {CONVOLUTION})
+    if others:
+        names = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
         items.append(f"temporaries of operators whose CUDA kernels nobody has looked at: {names}")
     return tuple(items)

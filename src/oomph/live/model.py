@@ -40,7 +40,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         UserError: transformers does not know the model's type or cannot read the file.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return config
     except (ValueError, KeyError, OSError, TypeError) as error:
         first = str(error).splitlines()[0]

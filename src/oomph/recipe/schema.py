@@ -121,7 +121,8 @@ class Data(Section):
     images_per_sample: Annotated[int, Field(ge=0)] = 1
     """Images of a sample."""
     image_size: ImageSize | None = None
-    """Pixels of a side, or [height, width], for models that take images of any size; else the model's own size."""
+    """Pixels of a side, or [height, width], for models that take images of any size; else the size
+    that the model's tower was trained for; grid models take 448 x 448 without it, and Idefics3 four by four tiles."""
 
 
 class StageData(Data):
@@ -161,8 +162,8 @@ class Memory(Section):
     """`sdpa` lets PyTorch pick a fused kernel, `flash` and `efficient` name one, `eager` writes out the scores,
     `eager-fp32` writes them out with queries, keys, scores and softmax in float32."""
     loss: Literal["auto", Loss] = "auto"
-    """`full` keeps the logits of all tokens, `full-shifted` a shifted copy of them as well, `chunked` those of a few
-    tokens at a time."""
+    """`full` keeps the logits of all tokens, `full-shifted` a shifted copy of them as well, `chunked` those of a
+    sixteenth of them at a time."""
     precision: Literal["auto", Precision] = "auto"
     """What weights, activations and gradients are held in."""
     optimizer: Literal["auto", Optimizer] = "auto"
@@ -181,8 +182,8 @@ class Experts(Section):
 
     count: Annotated[int, Field(ge=2)]
     """Experts in each such layer."""
-    top_k: Count
-    """Experts that see each token."""
+    top_k: Annotated[int, Field(ge=2)]
+    """Experts that see each token, two at least: the router learns from the weights between them."""
     layers: Layers = "alternate"
     """`alternate` (the first, the third ...), `first_half`, `second_half`, `all`, or a list of numbers from 0."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -30,13 +30,23 @@ def wrap(text: str, width: int) -> list[str]:
     """The text in lines of at most ``width`` cells, broken at spaces, and inside a word that is longer than a line."""
     lines = [""]
     for word in text.split(" "):
-        for piece in chop_cells(word, width):
+        for piece in _chop(word, width):
             joined = f"{lines[-1]} {piece}" if lines[-1] else piece
             if cell_len(joined) <= width:
                 lines[-1] = joined
             else:
                 lines.append(piece)
     return [line.replace(KEEP, " ") for line in lines]
+
+
+def _chop(word: str, width: int) -> list[str]:
+    """The word in pieces of at most ``width`` cells; a letter without a width stays with the one before it."""
+    pieces = [""]
+    for letter in word:
+        if cell_len(pieces[-1] + letter) > width and pieces[-1]:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
 
 
 def shorten(path: str, width: int) -> str:
@@ -53,7 +63,7 @@ def shorten(path: str, width: int) -> str:
 
 def cut(text: str, width: int) -> str:
     """The text in at most ``width`` cells, without its end where it is longer."""
-    return text if cell_len(text) <= width else f"{chop_cells(text, width - 1)[0]}…"
+    return text if cell_len(text) <= width else f"{_chop(text, width - 1)[0]}…"
 
 
 def bar(value: int, scale: int, width: int) -> str:
