@@ -148,7 +148,8 @@ def test_numbers_of_a_prediction(pages: dict[str, Any]) -> None:
     from oomph.core.predict import _bound
 
     assert number(pages["docs/plan-json.md"].section("`Prediction`"), r"up to (\d+) of those in use") == LARGEST
-    assert number(pages["docs/prediction.md"].section("Error bound"), r"upwards: (\d+) %") == round(100 * _bound(Events(), [], 1))
+    section = pages["docs/prediction.md"].section("Error bound")
+    assert number(section, r"upwards: (\d+) %") == round(100 * _bound(Events(), [], 1))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/prediction.md", "docs/tracing.md", "docs/allocator.md"])

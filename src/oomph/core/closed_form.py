@@ -290,7 +290,9 @@ def _check(first: Trace, formulas: list[Formula], check: tuple[Sequence[int], Tr
 
 def _as_deep(first: Trace, trace: Trace) -> list[Any]:
     return [
-        shallow._replace(full_units=deep.units) if shallow.units < shallow.full_units else shallow
+        shallow._replace(full_units=(deep.layers - shallow.prefix - shallow.suffix) // shallow.unit)
+        if shallow.units < shallow.full_units
+        else shallow
         for shallow, deep in zip(first.stacks, trace.stacks, strict=True)
     ]
 

@@ -41,14 +41,30 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return config
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"transformers cannot read {folder / 'config.json'}: {first}") from None
+    except Exception as error:  # each configuration class checks in its own way
+        raise UserError(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}") from None
+    for part in (config, getattr(config, "text_config", None)):
+        if getattr(part, "quantization_config", None):
+            raise UserError(
+                f"{folder / 'config.json'} asks for quantized weights, which are not planned yet",
+                "to plan 16-bit weights, use a copy of the folder without quantization_config",
+            )
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def compose_llava(vision: PretrainedConfig, language: PretrainedConfig, feature_layer: int, feature_select: str) -> LlavaConfig:
-    """LLaVA's configuration from its parts: a vision tower, a projector and a causal language model."""
+    """LLaVA's configuration from its parts: a vision tower, a projector and a causal language model.
+
+    Raises:
+        UserError: the language part is none.
+    """
+    if type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{language.model_type} is no causal language model, and cannot be the language part")
     if getattr(vision, "vision_config", None) is not None:
         vision = vision.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -68,7 +84,8 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTr
     """The model on the ``meta`` device, in training mode, its weights' shapes and nothing else.
 
     Raises:
-        UserError: the configuration is of a model that generates no text, so that there is no training step for it.
+        UserError: the configuration is of a model that generates no text, so that there is no training step for it, or
+            one that its own classes refuse.
     """
     config = copy.deepcopy(config)
     kind = type(config)
@@ -81,9 +98,12 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTr
             f"{config.model_type} is not a language model or a vision-language model",
             "name it as the vision part of a model that is made of parts",
         )
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, dtype=dtype, attn_implementation=hf_attention(attention))
-    model.tie_weights()
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, dtype=dtype, attn_implementation=hf_attention(attention))
+        model.tie_weights()
+    except Exception as error:  # the model's own classes check their configuration as they are built
+        raise UserError(f"transformers cannot build {config.model_type}: {_first_line(error)}") from error
     for sub in (config, *(getattr(config, name, None) for name in ("text_config", "vision_config"))):
         if sub is not None:
             sub.use_cache = False

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from oomph.core.layout import Shape
 from oomph.core.trace import Stack, Trace
-from oomph.errors import UntraceableError
+from oomph.errors import UntraceableError, UserError
 from oomph.live.batch import Batch, Images, text_inputs
 from oomph.live.cuda_rules import CudaFunctions, CudaRules, Device
 from oomph.live.fake import WorstCase, answering
@@ -30,7 +30,7 @@ from oomph.live.step import LOSSES, commit, train_step
 from oomph.live.trace import Recorder, recording
 from oomph.records import Attention
 
-_UNTRACEABLE = (
+_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
@@ -71,7 +71,7 @@ class Simulator:
         """A step of two micro-batches, the commit of a second step, and an evaluation, at one shape of the micro-batch.
 
         Raises:
-            UntraceableError: the model's code asks for values that fake tensors do not have.
+            UntraceableError: the model's code fails, for example since it asks for values that fake tensors do not have.
         """
         rules = CudaRules(Device(self._setup.capability), self._setup.attention) if self._setup.capability else None
         recorder = Recorder(self._model, self._stacks, rules, self._memo.run)
@@ -88,7 +88,9 @@ class Simulator:
                 stack.enter_context(CudaFunctions(rules))
             try:
                 self._run(recorder, shape)
-            except _UNTRACEABLE as error:
+            except UserError:
+                raise
+            except Exception as error:
                 raise _untraceable(recorder, error) from error
         name_roles(recorder.trace, self._model.config.get_text_config(), shape)
         return recorder.trace
@@ -126,11 +128,12 @@ class Simulator:
 
 
 def _untraceable(recorder: Recorder, error: Exception) -> UntraceableError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UntraceableError(
-        f"{recorder.whereabouts()} cannot run without real values: {reason}",
-        "its operators need sizes that depend on values, or have no meta kernel (torch.library.register_fake adds one)",
-    )
+    """What the model's own code says, and where."""
+    reason = str(error).splitlines()[0] if str(error) else "no reason given"
+    hint = "if the model trains for real with such a batch, its code is one that fake tensors cannot run: please report it"
+    if isinstance(error, _VALUES):
+        hint = "its operators need sizes that depend on values, or have no meta kernel (torch.library.register_fake adds one)"
+    return UntraceableError(f"{recorder.whereabouts()} cannot be traced: {type(error).__name__}: {reason}", hint)
 
 
 def _announcer(recorder: Recorder) -> Callable[[str, int], None]:

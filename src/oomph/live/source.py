@@ -17,6 +17,7 @@ from oomph.core.closed_form import Family, NotClosed, constant_form, fit
 from oomph.core.forms import FormKey, Traced
 from oomph.core.layout import Shape
 from oomph.core.unroll import UNITS, NotPeriodic
+from oomph.errors import UntraceableError
 from oomph.live.batch import Images, images_of
 from oomph.live.layers import shorten
 from oomph.live.model import build, compose_llava, part_finder, projector, read_config
@@ -47,7 +48,7 @@ def make_form(key: FormKey) -> Traced:
         shallow = _simulator(key, model, images, UNITS)
         traces = [(shape, shallow.trace(Shape(*shape))) for shape in made]
         form = fit(traces, (held_out, deeper.trace(Shape(*held_out))))
-    except (NotClosed, NotPeriodic) as reason:
+    except (NotClosed, NotPeriodic, UntraceableError) as reason:
         return Traced(None, tokens, f"no closed form: {reason}")
     return Traced(form, tokens, f"closed form of {len(traces)} traces, checked on one more shape and depth")
 

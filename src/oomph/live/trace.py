@@ -27,6 +27,8 @@ from oomph.live.cuda_rules import CudaRules, Extra, as_unwatched
 from oomph.live.layers import Owner, dtype_name, owners
 
 _EMPTY = Owner("", NOWHERE)
+_HOST = -1
+"""In place of a storage's number: it lies on the CPU, and its life is not recorded."""
 _ROLES = {"forward": "activation", "recompute": "activation", "evaluate": "activation"}
 Run = Callable[[Any, Any, Any], Any]
 _DEVICE = torch.ops.prim.device.default
@@ -66,6 +68,7 @@ class Recorder(TorchDispatchMode):
         self._parameter_nodes: dict[int, Owner] = {}
         self._parameter_index: dict[int, int] = {}
         self._inputs = self._paused = False
+        self._births: list[int] = []
 
     # What the step's runner says.
 
@@ -124,7 +127,7 @@ class Recorder(TorchDispatchMode):
         """Gives the storages of tensors a role and the parameter they belong to, and that parameter's home."""
         for parameter, tensor in tensors:
             entry = self._live.get(tensor.untyped_storage()._cdata)
-            if entry is not None:
+            if entry is not None and entry[0] != _HOST:
                 self._relabel(entry[0], role, parameter)
 
     def _relabel(self, number: int, role: str, parameter: int) -> None:
@@ -135,6 +138,8 @@ class Recorder(TorchDispatchMode):
         kind = storage.kind._replace(role=role) if owner is None else storage.kind._replace(role=role, module=owner.template)
         home = storage.home if owner is None else owner.place
         self.trace.storages[number] = storage._replace(kind=kind, home=home, parameter=parameter)
+        if role == "optimizer":
+            self.trace.places[self._births[number]] = home
 
     def whereabouts(self) -> str:
         """The module that runs now, for a message."""
@@ -201,6 +206,7 @@ class Recorder(TorchDispatchMode):
     def _new(self, storage: Storage, where: int) -> int:
         number = len(self.trace.storages)
         self.trace.storages.append(storage)
+        self._births.append(len(self.trace.timeline))
         self._event(number, where)
         return number
 
@@ -217,7 +223,7 @@ class Recorder(TorchDispatchMode):
 
     def _death(self, key: int, _: object) -> None:
         entry = self._live.pop(key, None)
-        if entry is None:
+        if entry is None or entry[0] == _HOST:
             return
         number = entry[0]
         home = self.trace.storages[number].home
@@ -270,6 +276,7 @@ class Recorder(TorchDispatchMode):
             if tensor.untyped_storage()._cdata in self._live:
                 continue
             if self._rules is not None and self._on_host(func, position, kind.phase):
+                self._adopt(tensor, _HOST)
                 continue
             home = owner.place
             if kind.phase == "optimizer":
@@ -293,7 +300,7 @@ class Recorder(TorchDispatchMode):
             first = first[position] if position < len(first) else None
         if isinstance(first, Tensor):
             entry = self._live.get(first.untyped_storage()._cdata)
-            if entry is not None:
+            if entry is not None and entry[0] != _HOST:
                 return self.trace.storages[entry[0]].home
         return self._here
 
