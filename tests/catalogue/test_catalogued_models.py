@@ -5,7 +5,6 @@ A trace of six units is one more than the form was made from; what is left out o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,7 +32,10 @@ NO_TEXT = {
     "siglip-so400m-patch14-384-vision",
 }
 TRAINED = [name for name in MODELS if name not in NO_TEXT]
-ALIGNED = "masks of attention are padded unless the tokens are a multiple of 8, which none of the traced shapes is"
+PADS_MASKS = {"gemma-3-12b-it"}
+"""Their masks are padded unless the tokens are a multiple of 8; for such tokens they are traced at the very shape."""
+IMAGE_SIZE = {"qwen2.5-vl-7b-instruct": (336, 336)}
+"""Smaller images where each one is many operators: nine windows in each layer."""
 SETUP = Setup("sdpa", "chunked", "adamw-fused", "blocks", (8, 0))
 
 
@@ -65,7 +67,7 @@ class Model(NamedTuple):
 
 def model(name: str) -> Model:
     config = read_config(model_folder(name))
-    images = images_of(config, None) if getattr(config, "vision_config", None) is not None else None
+    images = images_of(config, IMAGE_SIZE.get(name)) if getattr(config, "vision_config", None) is not None else None
     loops = config.model_type in LOOPS_OVER_IMAGES
     return Model(name, config, images, Family.of((2, 0, 0 if images is None else 2), loops))
 
@@ -83,25 +85,24 @@ def deeper(name: str) -> Simulator:
     return model(name).simulator(UNITS + 1)
 
 
-def cases() -> Iterator[Any]:
-    """Each model with the tokens of its two checks, 0 for those of the family's own third shape."""
-    for name in TRAINED:
-        failing = pytest.mark.xfail(reason=ALIGNED, strict=True)
-        yield pytest.param(name, 0, id=f"{name}, held out")
-        yield pytest.param(name, 2048, id=f"{name}, 2048", marks=[failing] * (name == "gemma-3-12b-it"))
-
-
-@pytest.mark.parametrize(("name", "tokens"), list(cases()))
-def test_the_form_is_what_a_trace_says(name: str, tokens: int) -> None:
-    """Tokens that are a multiple of 8 are those of most recipes, and of none of the shapes that forms are made from."""
-    found = model(name)
-    shape = found.shape(tokens) if tokens else Shape(*found.family.examples(found.image_tokens)[2])
+def assert_exact(name: str, shape: Shape) -> None:
+    """Compares the form with a trace, and the model with its published number of parameters."""
     trace = deeper(name).trace(shape)
     try:
         form = fit(shallow(name), (shape, trace))
     except NotClosed as reason:
         pytest.fail(str(reason))
     assert sum(parameter.numel for parameter in form.parameters) == MODELS[name].parameters
+    assert form.pads_masks == (name in PADS_MASKS)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_form_is_what_a_trace_says(name: str) -> None:
+    """At the shape that every form is checked on, and at one whose tokens are a multiple of 8, as those of most recipes."""
+    found = model(name)
+    assert_exact(name, Shape(*found.family.examples(found.image_tokens)[2]))
+    if name not in PADS_MASKS:
+        assert_exact(name, found.shape(2048))
 
 
 def test_the_check_would_fail() -> None:

@@ -294,6 +294,7 @@ CHANGES: dict[str, Any] = {
     "one_sample": True,
     "images": 2,
     "shape": (1, 128, 0),
+    "periodic": True,
 }
 
 

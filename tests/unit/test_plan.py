@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from oomph.core.choices import micro_batch_candidates
-from oomph.core.closed_form import LEAST_ROWS, ClosedForm, Dimension, Family
+from oomph.core.closed_form import FEATURES, LEAST_ROWS, ClosedForm, Dimension, Family, Formula
 from oomph.core.devices import Gpu, find_gpu, outside
 from oomph.core.forms import FormKey, Traced
 from oomph.core.plan import LOOPS_OVER_IMAGES, make_plan
@@ -299,6 +299,20 @@ def test_fewer_tokens_than_the_loss_has_chunks_for_are_traced_at_their_shape(sou
     assert stage.prediction.fits
     make_plan(recipe(micro_batch=2, data={"max_tokens": few + 1}), source)
     assert source.shapes() == [(2, few, 0)]
+
+
+def test_tokens_for_which_no_mask_is_padded_are_traced_at_their_shape(toy: ClosedForm) -> None:
+    """A form that pads masks was made from tokens that are no multiple of 8; its layers are known to repeat."""
+    kind = toy.kinds[0]._replace(op="aten.constant_pad_nd.default")
+    toy.kinds.append(kind)
+    toy.formulas.append(Formula((Dimension(FEATURES.index("ceil8(tokens)"), 1, 0),), 1))
+    toy.kind[0], toy.formula[0] = len(toy.kinds) - 1, len(toy.formulas) - 1
+    source = FakeSource(toy)
+    make_plan(recipe(micro_batch=2, data={"max_tokens": 2051}), source)
+    assert source.shapes() == []
+    make_plan(recipe(micro_batch=2, data={"max_tokens": 2048}), source)
+    assert source.shapes() == [(2, 2048, 0)]
+    assert source.asked[-1].periodic
 
 
 def test_a_shape_that_was_traced_by_itself_is_said_to_be(source: FakeSource) -> None:

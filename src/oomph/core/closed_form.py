@@ -96,6 +96,7 @@ def features(shape: Sequence[int], trained: int) -> dict[str, int]:
 
 
 FEATURES = tuple(features((2, 3, 4), 5))
+_CEIL8 = FEATURES.index("ceil8(tokens)")
 
 
 _PER_PARAMETER = {"aten.stack.default", "aten._foreach_norm.Scalar:output_per_tensor"}
@@ -136,6 +137,13 @@ class ClosedForm:
     marks: list[tuple[int, str]] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
     unclassified: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def pads_masks(self) -> bool:
+        """Whether a mask is padded to a multiple of 8 tokens, which is not done where the tokens are one already."""
+        padded = {n for n, f in enumerate(self.formulas) if any(d.feature == _CEIL8 for d in f.dimensions)}
+        pads = {n for n, kind in enumerate(self.kinds) if kind.op == "aten.constant_pad_nd.default"}
+        return any(f in padded and k in pads for f, k in zip(self.formula, self.kind, strict=True))
 
     @property
     def trained(self) -> int:

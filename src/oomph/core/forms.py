@@ -24,7 +24,8 @@ class FormKey(Record):
     """Everything that a trace depends on. Paths name folders that hold a ``config.json``.
 
     `shape` is (samples, tokens, images) for a model whose sizes are not closed, else None; `one_sample` and `images` are the
-    family of shapes, as `closed_form.Family` has them.
+    family of shapes, as `closed_form.Family` has them. `periodic` says of a key with a shape that the model's layers are
+    known to repeat, so that not all have to be traced.
     """
 
     model: str | None
@@ -48,6 +49,7 @@ class FormKey(Record):
     one_sample: bool
     images: int
     shape: tuple[int, ...] | None = None
+    periodic: bool = False
 
     def configurations(self) -> dict[str, Any]:
         """The contents of the configurations that the key names.

@@ -114,8 +114,9 @@ class _StagePlanner:
     def _traced(self, choice: Choice, shape: Shape) -> tuple[Traced, ClosedForm]:
         """The form of a shape's family, or, where sizes are not closed, of the shape itself."""
         general = traced = self._source.traced(self._key(choice, self._family(shape)))
-        if general.form is None or shape.samples * shape.tokens < LEAST_ROWS:
-            traced = self._source.traced(self._key(choice, self._family(shape), shape))
+        few, aligned = shape.samples * shape.tokens < LEAST_ROWS, shape.tokens % 8 == 0
+        if general.form is None or few or (aligned and general.form.pads_masks):
+            traced = self._source.traced(self._key(choice, self._family(shape), shape, general.form is not None))
         if general.form is None:
             traced = replace(traced, how=f"{traced.how}; {general.how}")
         assert traced.form is not None
@@ -129,7 +130,7 @@ class _StagePlanner:
     def _family(self, shape: Shape) -> Family:
         return Family.of(shape, self._loops)
 
-    def _key(self, choice: Choice, family: Family, shape: Shape | None = None) -> FormKey:
+    def _key(self, choice: Choice, family: Family, shape: Shape | None = None, periodic: bool = False) -> FormKey:
         parts = self._recipe.model if isinstance(self._recipe.model, Parts) else None
         experts, rules, size = self._stage.experts, self._stage.train, self._data.image_size
         return FormKey(
@@ -152,6 +153,7 @@ class _StagePlanner:
             one_sample=family.one_sample,
             images=family.images,
             shape=None if shape is None else tuple(shape),
+            periodic=periodic,
         )
 
 

@@ -39,8 +39,8 @@ def make_form(key: FormKey) -> Traced:
     images = images_of(config, (key.image_size[0], key.image_size[1]) if key.image_size else None) if key.images else None
     tokens = images.tokens if images is not None else 0
     if key.shape is not None:
-        trace = _simulator(key, model, images, WHOLE).trace(Shape(*key.shape))
-        return Traced(constant_form(trace), tokens, "traced at this very shape, all layers")
+        trace = _simulator(key, model, images, UNITS if key.periodic else WHOLE).trace(Shape(*key.shape))
+        return Traced(constant_form(trace), tokens, f"traced at this very shape{'' if key.periodic else ', all layers'}")
     family = Family(key.one_sample, key.images)
     *made, held_out = family.examples(tokens)
     try:
