@@ -353,6 +353,16 @@ def test_sizes_that_no_integer_of_64_bits_holds_are_refused(tokens: int) -> None
         form.sizes((8, tokens, 0))
 
 
+def test_numbers_that_are_no_bytes_may_be_large() -> None:
+    """Memory-efficient attention of Phi-2 on 20,000 tokens: nine numbers whose product is beyond 2^63, for 2.5 GiB."""
+    tokens = dimension("tokens")
+    heads, *rest = (Dimension(0, number, 0) for number in (32, 80, 80, 128, 128, 1))
+    form = form_of(Formula((dimension("samples"), heads, tokens, tokens, *rest), 1, "efficient_workspace"))
+    expected = SIZES["efficient_workspace"](8, 32, 20_000, 20_000, 80, 80, 128, 128, 1)
+    assert 0 < expected < 1 << 40
+    assert form.sizes((8, 20_000, 0)).tolist() == [expected]
+
+
 def test_a_form_survives_json() -> None:
     form = deep(12)
     assert form.sizes((2, 512, 2)).size

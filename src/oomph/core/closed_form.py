@@ -171,7 +171,9 @@ class ClosedForm:
             UserError: a tensor has more bytes than any address space.
         """
         dimensions = self.dimensions(shape)
-        if (dimensions.astype(np.float64).prod(axis=1) * self._itemsizes).max(initial=0) > _MOST_BYTES:
+        products = dimensions.astype(np.float64).prod(axis=1) * self._itemsizes
+        products[[number for number, _, _ in self._functions]] = 0
+        if products.max(initial=0) > _MOST_BYTES:
             raise _too_large(shape)
         result: npt.NDArray[np.int64] = dimensions.prod(axis=1) * self._itemsizes
         for number, function, width in self._functions:
