@@ -410,7 +410,6 @@ def test_no_image_has_a_form_though_the_projector_gets_no_gradient(make: Callabl
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the rows of the gradients' norms are those of the layers that were traced", strict=True)
 def test_a_trace_of_few_layers_at_a_shape_is_that_of_all(make: Callable[..., Traced]) -> None:
     shape = Shape(1, 304, 1)
     few, whole = (make(shape=tuple(shape), periodic=periodic).form for periodic in (True, False))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,13 +145,9 @@ class ClosedForm:
         pads = {n for n, kind in enumerate(self.kinds) if kind.op == "aten.constant_pad_nd.default"}
         return any(f in padded and k in pads for f, k in zip(self.formula, self.kind, strict=True))
 
-    @property
+    @functools.cached_property
     def trained(self) -> int:
         """How many parameters get a gradient; one that is trained but not used gets none."""
-        return self._trained
-
-    @functools.cached_property
-    def _trained(self) -> int:
         gradients = {number for number, kind in enumerate(self.kinds) if kind.role == "gradient"}
         return len({p for p, kind in zip(self.parameter, self.kind, strict=True) if kind in gradients and p >= 0})
 
@@ -226,7 +222,7 @@ class ClosedForm:
 
     def to_json(self) -> dict[str, Any]:
         """The form as plain JSON values."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {column.name: getattr(self, column.name) for column in fields(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ClosedForm:
@@ -328,12 +324,7 @@ def _assemble(trace: Trace, whole: Unrolled, formulas: list[Formula]) -> ClosedF
 
 def constant_form(trace: Trace) -> ClosedForm:
     """A trace at one shape as a form without variables, for models whose sizes are not closed."""
-    formulas = []
-    for storage in trace.storages:
-        padded = storage.nbytes != math.prod(storage.shape) * storage.itemsize
-        shape = (storage.nbytes // storage.itemsize,) if padded else storage.shape
-        formulas.append(Formula(tuple(Dimension(0, dim, 0) for dim in shape), storage.itemsize))
-    return _assemble(trace, unroll(trace), formulas)
+    return fit([((1, 1, 0), trace)], None)
 
 
 def _formula(row: Sequence[Storage], table: list[list[int]]) -> Formula:

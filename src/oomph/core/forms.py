@@ -111,7 +111,7 @@ def code_digest() -> str:
     """A digest of our own code: another tracer makes other traces."""
     root = resources.files("oomph")
     digest = hashlib.sha256()
-    for folder in ("core", "live"):
+    for folder in ("core", "live", "recipe"):
         for path in sorted(Path(str(root / folder)).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -191,7 +191,9 @@ class CachedForms:
                 temporary = file.name
                 file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
             os.replace(temporary, self._path(key))
+            temporary = ""
         except OSError as error:
             self._notify(f"the trace is not kept: {error.strerror or error}")
+        finally:
             if temporary:
                 Path(temporary).unlink(missing_ok=True)

@@ -70,12 +70,11 @@ class _StagePlanner:
         self._folders = _folders(recipe)
         kind, sees = _model_kind(recipe, self._folders)
         self._images, self._loops = self._data.images_per_sample if sees else 0, kind in LOOPS_OVER_IMAGES
-        resolve(stage, recipe, gpu)
+        self._largest, _ = resolve(stage, recipe, gpu)
 
     def first_keys(self) -> list[FormKey]:
         """The keys of the first choice that planning will look at."""
-        choice, _ = resolve(self._stage, self._recipe, self._gpu)
-        return [self._key(choice, self._family(shape)) for shape in self._shapes(choice, 1)]
+        return [self._key(self._largest, self._family(shape)) for shape in self._shapes(self._largest, 1)]
 
     def plan(self) -> StagePlan:
         """The stage's plan."""

@@ -24,11 +24,9 @@ def predict(events: Events, choice: Choice, gpu: Gpu, unclassified: Collection[s
         gpu: the card.
         unclassified: operators whose CUDA kernels nobody has looked at.
     """
-    beside = outside(gpu, choice.gpus)
-    usable = gpu.memory_bytes - beside.bytes
-    settings = AllocatorSettings(expandable_segments=choice.expandable_segments)
-    result = replay(events.sizes, events.segments, Allocator(capacity_bytes=usable, settings=settings))
-    whole = result if result.failure is None else replay(events.sizes, events.segments, Allocator(settings=settings))
+    beside, usable = outside(gpu, choice.gpus), usable_bytes(choice, gpu)
+    result = _replay(events, choice, usable)
+    whole = result if result.failure is None else _replay(events, choice, None)
     phases, evaluated = _split(whole.phases)
     return Prediction(
         fits=result.failure is None,
@@ -55,9 +53,12 @@ def usable_bytes(choice: Choice, gpu: Gpu) -> int:
 
 def fits(events: Events, choice: Choice, gpu: Gpu) -> bool:
     """Whether the events can be served on the card."""
+    return _replay(events, choice, usable_bytes(choice, gpu)).failure is None
+
+
+def _replay(events: Events, choice: Choice, capacity_bytes: int | None) -> Replay:
     settings = AllocatorSettings(expandable_segments=choice.expandable_segments)
-    allocator = Allocator(capacity_bytes=usable_bytes(choice, gpu), settings=settings)
-    return replay(events.sizes, events.segments, allocator).failure is None
+    return replay(events.sizes, events.segments, Allocator(capacity_bytes=capacity_bytes, settings=settings))
 
 
 def owner(kind: Kind) -> str:
