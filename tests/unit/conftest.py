@@ -75,7 +75,7 @@ class Toy(Writer):
         self.piece("warmup/optimizer", lambda: self.optimizer(True))
         self.piece("step/optimizer", lambda: self.optimizer(False))
         self.piece("evaluate", self.evaluate)
-        self.form.unclassified = {"aten.conv.default": 1024}
+        self.form.unclassified = ["aten.conv.default"]
 
     def load(self) -> None:
         """A frozen weight, a trained one and a buffer."""

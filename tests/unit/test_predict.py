@@ -161,11 +161,11 @@ def test_the_allocator_s_setting_is_the_choice_s(toy: ClosedForm) -> None:
 
 
 def test_the_bound_is_the_largest_output_that_nobody_has_looked_at(toy: ClosedForm) -> None:
-    toy.unclassified = {"aten.scores.default": 1}
+    toy.unclassified = ["aten.scores.default"]
     found = predicted(toy, choice(), card(GIB))
     assert found.error_bound == pytest.approx(0.01 + 2 * 4 * TOKENS * TOKENS * 4 / found.allocated_peak_bytes)
     assert any("aten.scores.default" in item for item in found.leaves_out)
-    toy.unclassified = {}
+    toy.unclassified = []
     found = predicted(toy, choice(), card(GIB))
     assert found.error_bound == pytest.approx(0.01)
     assert not any("looked at" in item for item in found.leaves_out)

@@ -136,7 +136,7 @@ class ClosedForm:
     pieces: list[Piece] = field(default_factory=list)
     marks: list[tuple[int, str]] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
-    unclassified: dict[str, int] = field(default_factory=dict)
+    unclassified: list[str] = field(default_factory=list)
 
     @property
     def pads_masks(self) -> bool:
@@ -309,7 +309,7 @@ def _assemble(trace: Trace, whole: Unrolled, formulas: list[Formula]) -> ClosedF
         pieces=whole.pieces,
         marks=whole.marks,
         parameters=whole.parameters,
-        unclassified=trace.unclassified,
+        unclassified=sorted(trace.unclassified),
     )
     formula_numbers: dict[Formula, int] = {}
     kind_numbers: dict[Kind, int] = {}

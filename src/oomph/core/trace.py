@@ -139,7 +139,7 @@ class Trace:
     marks: list[tuple[int, str]] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
-    unclassified: dict[str, int] = field(default_factory=dict)
+    unclassified: set[str] = field(default_factory=set)
 
     def skeleton(self) -> tuple[object, ...]:
         """What must be equal for two shapes to share a closed form: everything but the sizes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from oomph.core.trace import NOWHERE, Stack, place
@@ -125,8 +124,3 @@ def _repetition(path: str, kinds: list[Any], numbered: set[int], units: int) -> 
             if goes_on and repeats > units and prefix + unit * units + suffix < best.layers:
                 best = Stack(path, prefix, unit, units, repeats, suffix)
     return best
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` as ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")

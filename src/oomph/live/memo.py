@@ -6,7 +6,6 @@ of the time of a trace. Only operators that make new tensors and change nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from oomph.live.fake import know, really_run
+from oomph.live.tensors import tensors_in
 
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
@@ -71,7 +71,7 @@ class Memo:
         if found is None:
             outputs = func(*args, **kwargs)
             if key not in self._made:
-                self._made[key] = _describe(outputs, {t.untyped_storage()._cdata for t in _tensors(args)})
+                self._made[key] = _describe(outputs, {t.untyped_storage()._cdata for t in tensors_in(args)})
             return outputs
         if isinstance(found, _Made):
             return self._make(found)
@@ -113,14 +113,6 @@ def _key(value: Any) -> Any:
     if isinstance(value, Tensor):
         raise _Unfit
     return type(value), value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _describe(outputs: Any, inputs: set[int]) -> list[_Made] | _Made | None:

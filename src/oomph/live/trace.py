@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from oomph.core.events import Kind
 from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Storage, Trace, layer_of, stack_of
 from oomph.live.cuda_rules import CudaRules, Extra, as_unwatched
-from oomph.live.layers import Owner, dtype_name, owners
+from oomph.live.layers import Owner, owners
+from oomph.live.tensors import dtype_name, tensors_in
 
 _EMPTY = Owner("", NOWHERE)
 _HOST = -1
@@ -62,11 +63,10 @@ class Recorder(TorchDispatchMode):
         self._here = NOWHERE
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._workspaces: set[tuple[str, str]] = set()
-        self._parameter_owner: dict[str, Owner] = {}
+        named = list(model.named_parameters())
+        self._parameter_index = {id(parameter): number for number, (_, parameter) in enumerate(named)}
+        self._parameter_owners = [self._owners[name.rpartition(".")[0]] for name, _ in named]
         self._open: tuple[str, int] | None = None
-
-        self._parameter_nodes: dict[int, Owner] = {}
-        self._parameter_index: dict[int, int] = {}
         self._inputs = self._paused = False
         self._births: list[int] = []
 
@@ -110,18 +110,16 @@ class Recorder(TorchDispatchMode):
 
     def load(self, model: nn.Module, part: Callable[[str], str]) -> None:
         """Allocates the parameters and buffers, children first as ``Module.to`` moves them, tied ones once."""
-        index = {id(p): number for number, p in enumerate(model.parameters())}
         for name, p in model.named_parameters():
             shape = tuple(p.shape)
             self.trace.parameters.append(Parameter(name, shape, dtype_name(p.dtype), p.requires_grad, part(name)))
-            self._parameter_owner[name] = self._owners[name.rpartition(".")[0]]
         for path, module in _children_first(model):
             owner = self._owners[path]
             tensors: Iterable[Tensor | None] = (*module._parameters.values(), *module._buffers.values())
             for tensor in tensors:
                 if tensor is not None and tensor.untyped_storage()._cdata not in self._live:
                     kind = Kind("load", owner.template, "load", "weight", dtype_name(tensor.dtype))
-                    self._birth(tensor, kind, owner.place, owner.place, index.get(id(tensor), -1))
+                    self._birth(tensor, kind, owner.place, owner.place, self._parameter_index.get(id(tensor), -1))
 
     def assign(self, tensors: Iterable[tuple[int, Tensor]], role: str) -> None:
         """Gives the storages of tensors a role and the parameter they belong to, and that parameter's home."""
@@ -134,12 +132,11 @@ class Recorder(TorchDispatchMode):
         storage = self.trace.storages[number]
         if storage.kind.role == "weight":
             return
-        owner = self._parameter_owner[self.trace.parameters[parameter].name] if parameter >= 0 else None
-        kind = storage.kind._replace(role=role) if owner is None else storage.kind._replace(role=role, module=owner.template)
-        home = storage.home if owner is None else owner.place
-        self.trace.storages[number] = storage._replace(kind=kind, home=home, parameter=parameter)
+        owner = self._parameter_owners[parameter]
+        kind = storage.kind._replace(role=role, module=owner.template)
+        self.trace.storages[number] = storage._replace(kind=kind, home=owner.place, parameter=parameter)
         if role == "optimizer":
-            self.trace.places[self._births[number]] = home
+            self.trace.places[self._births[number]] = owner.place
 
     def whereabouts(self) -> str:
         """The module that runs now, for a message."""
@@ -186,16 +183,12 @@ class Recorder(TorchDispatchMode):
             return _EMPTY, phase
         variable = getattr(node, "variable", None)
         if variable is not None:
-            return self._parameter_nodes.get(id(variable), _EMPTY), phase
+            index = self._parameter_index.get(id(variable), -1)
+            return (self._parameter_owners[index] if index >= 0 else _EMPTY), phase
         owner = self._sequence_owner[bisect.bisect_right(self._sequence, node._sequence_nr()) - 1]
         if recompute and owner.place != NOWHERE:
             owner = Owner(owner.template[: owner.template.index("{}") + 2], owner.place)
         return owner, phase
-
-    def watch(self, model: nn.Module) -> None:
-        """Learns which parameter an ``AccumulateGrad`` node stands for."""
-        self._parameter_nodes = {id(p): self._owners[name.rpartition(".")[0]] for name, p in model.named_parameters()}
-        self._parameter_index = {id(p): number for number, p in enumerate(model.parameters())}
 
     # Storages.
 
@@ -272,7 +265,7 @@ class Recorder(TorchDispatchMode):
             self.assign([(index, args[-1])], "gradient")
 
     def _outputs(self, func: Any, args: Sequence[Any], outputs: Any, kind: Kind, owner: Owner) -> None:
-        for position, tensor in enumerate(_tensors(outputs)):
+        for position, tensor in enumerate(tensors_in(outputs)):
             if tensor.untyped_storage()._cdata in self._live:
                 continue
             if self._rules is not None and self._on_host(func, position, kind.phase):
@@ -284,9 +277,7 @@ class Recorder(TorchDispatchMode):
             role = "input" if self._inputs else _ROLES.get(kind.phase, "temporary")
             self._birth(tensor, kind._replace(role=role, dtype=dtype_name(tensor.dtype)), home, self._here)
             if self._rules is not None and not self._rules.classified(func):
-                key = str(func)
-                known = self.trace.unclassified.get(key, 0)
-                self.trace.unclassified[key] = max(known, tensor.untyped_storage().nbytes())
+                self.trace.unclassified.add(kind.op)
 
     def _on_host(self, func: Any, position: int, phase: str) -> bool:
         """Whether an output lives on the CPU; in the optimizer, numbers that become tensors do."""
@@ -328,14 +319,6 @@ class Recorder(TorchDispatchMode):
                 self._new(Storage(nbytes, (nbytes,), 1, kind, NOWHERE), NOWHERE)
 
 
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, list | tuple):
-        for item in outputs:
-            yield from _tensors(item)
-
-
 def _children_first(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
@@ -374,7 +357,6 @@ def recording(recorder: Recorder, model: nn.Module) -> Iterator[None]:
         for path, module in model.named_modules():
             for handle in _hook(recorder, path, module):
                 stack.callback(handle.remove)
-        recorder.watch(model)
         enabled = gc.isenabled()
         gc.disable()
         if enabled:
