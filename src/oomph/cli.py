@@ -115,9 +115,9 @@ def _plan(
 
 
 def _make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None]) -> None:
-    """Makes what the cache lacks; only this imports torch."""
+    """Makes what the cache lacks; only this runs torch."""
     _notify(f"tracing {len(keys)} training step{'s' if len(keys) > 1 else ''} on fake tensors, once for this configuration ...")
-    from oomph.live.source import make_forms
+    from oomph.live.workers import make_forms
 
     make_forms(keys, done)
 

@@ -198,7 +198,7 @@ def test_only_a_trace_that_the_cache_lacks_is_made_and_announced(
         return plan_of(True)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "oomph.live.source", types.SimpleNamespace(make_forms=make_forms))
+    monkeypatch.setitem(sys.modules, "oomph.live.workers", types.SimpleNamespace(make_forms=make_forms))
     planner(plan)
     assert cli.run(["plan", RECIPE]) == 0
     assert capsys.readouterr().err.startswith("tracing 1 training step ")

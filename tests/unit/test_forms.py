@@ -382,7 +382,7 @@ def test_the_cache_lies_where_the_desktop_says(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_user_s_mistake_comes_back_as_it_is(key: FormKey, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     """A vision tower by itself generates no text; it is asked for twice, so that two processes have something to do."""
-    from oomph.live.source import make_forms
+    from oomph.live.workers import make_forms
 
     monkeypatch.setattr(os, "cpu_count", lambda: processes)
     tower = dataclasses.replace(key, model=str(model_folder("clip-vit-large-patch14-336-vision")))

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -51,27 +47,6 @@ def make_form(key: FormKey) -> Traced:
     except (NotClosed, NotPeriodic, UntraceableError) as reason:
         return Traced(None, tokens, f"no closed form: {reason}")
     return Traced(form, tokens, f"closed form of {len(traces)} traces, checked on one more shape and depth")
-
-
-def make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None]) -> None:
-    """Makes the forms of several keys, side by side in forked processes, and hands each to `done` in this one.
-
-    Raises:
-        UserError: as `make_form` does.
-    """
-    workers = min(len(keys), os.cpu_count() or 1)
-    if workers < 2:
-        for key in keys:
-            done(key, make_form(key))
-        return
-    longest_first = sorted(keys, key=lambda key: -key.expert_count)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        futures = {pool.submit(make_form, key): key for key in longest_first}
-        try:
-            for future in as_completed(futures):
-                done(futures[future], future.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def read_model_config(key: FormKey) -> PretrainedConfig:
