@@ -40,7 +40,8 @@ def make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None])
 def _begin() -> None:
     """In a new process: what a model's code prints is no result, and an interrupt ends it without a word."""
     sys.stdout = sys.stderr
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _make(key: FormKey) -> Traced:
