@@ -11,15 +11,15 @@ PUBLISHED := recipes/moe-llava/phi2-clip336-as-published.yaml
 
 # The published settings run out of memory, so the first plan must exit with 1: success there would be a failure.
 demo: $(INSTALLED)
-	@echo '$$ oomph plan $(PUBLISHED)'
-	@$(BIN)/oomph plan $(PUBLISHED); code=$$?; test $$code -eq 1 || \
+	@echo '$$ oomph plan $(PUBLISHED) --stage finetune'
+	@$(BIN)/oomph plan $(PUBLISHED) --stage finetune; code=$$?; test $$code -eq 1 || \
 		{ echo "error: exit code $$code where 1 (does not fit) was expected" >&2; exit 1; }
 	@echo
-	@echo '$$ oomph plan $(PUBLISHED) micro_batch=4'
-	@$(BIN)/oomph plan $(PUBLISHED) micro_batch=4
+	@echo '$$ oomph plan $(PUBLISHED) --stage finetune micro_batch=4 --no-ladder'
+	@$(BIN)/oomph plan $(PUBLISHED) --stage finetune micro_batch=4 --no-ladder
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

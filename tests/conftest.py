@@ -24,8 +24,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Traces are cached where no earlier run and no other checkout has left any."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """Traces are cached where no earlier run and no other checkout has left any; processes of one run share them."""
+    own = tmp_path_factory.getbasetemp()
+    os.environ["XDG_CACHE_HOME"] = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ class _Command(TyperCommand):
 
 def main() -> None:
     """Runs the command line of this process and exits."""
+    gc.set_threshold(200_000)  # a search makes many tuples and no cycles; looking for them took a tenth of its time
     sys.exit(run(sys.argv[1:]))
 
 
@@ -91,9 +93,14 @@ def _plan(
     stages: Annotated[list[str] | None, typer.Option("--stage", metavar="NAME", help="Plan this stage; or several.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this card.")] = None,
     gpus: Annotated[str | None, typer.Option("--gpus", metavar="N", help="Plan for this many GPUs in all.")] = None,
+    no_ladder: Annotated[bool, typer.Option("--no-ladder", help="Predict the recipe's own settings and no others.")] = False,
+    fit: Annotated[bool, typer.Option("--fit", help="Say what it would take: cards, numbers of GPUs, limits.")] = False,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", metavar="KNOB", help="Never change this setting; or several.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> int:
-    """Predict the peak memory of every stage of a recipe, and say whether it fits.
+    """Predict the peak memory of every stage of a recipe, say whether it fits, and what else fits.
 
     Exit codes: 0 every stage fits, 1 one does not, 2 wrong usage or input, 3 a mistake of ours.
     """
@@ -105,13 +112,27 @@ def _plan(
     flags += [] if gpus is None else [f"hardware.gpus={gpus}"]
     asked = override(load(recipe), [*(settings or []), *flags])
     names = _known(asked, stages or [])
+    if keep and no_ladder:
+        raise UserError("--keep is for the search that --no-ladder leaves out", "give one of them")
     with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints is no result
-        plan = make_plan(asked, CachedForms(_make_forms, _notify), names)
-    if as_json:
-        _print(json.dumps(plan.to_json(), indent=2) + "\n")
-    else:
-        _show(plan)
+        plan = make_plan(asked, CachedForms(_make_forms, _notify), names, ladder=not no_ladder, fit=fit, keep=keep or [])
+    _answer(plan, as_json)
     return 0 if plan.fits else 1
+
+
+@app.command("report", cls=_Command, short_help="Print a plan again.")
+def _report(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What `oomph plan --json` wrote; `-` reads standard input.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document again.")] = False,
+) -> int:
+    """Print a plan that was saved as JSON, as `oomph plan` would.
+
+    Exit codes: 0 it is printed, whatever it says, 2 wrong usage or input, 3 a mistake of ours.
+    """
+    from oomph.report.reading import read_plan
+
+    _answer(read_plan(file), as_json)
+    return 0
 
 
 def _make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None]) -> None:
@@ -144,6 +165,14 @@ def _known(recipe: Recipe, names: Sequence[str]) -> list[str] | None:
 
 def _notify(sentence: str) -> None:
     typer.echo(sentence, err=True)
+
+
+def _answer(plan: Plan, as_json: bool) -> None:
+    """Prints a plan as JSON or as text."""
+    if as_json:
+        _print(json.dumps(plan.to_json(), indent=2) + "\n")
+    else:
+        _show(plan)
 
 
 def _show(plan: Plan) -> None:

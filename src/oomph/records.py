@@ -18,12 +18,13 @@ Phase = Literal["load", "forward", "recompute", "backward", "optimizer", "evalua
 Role = Literal[
     "weight", "gradient", "optimizer", "activation", "scores", "logits", "input", "temporary", "workspace", "communication"
 ]
-Checkpointing = Literal["none", "blocks"]
+Checkpointing = Literal["none", "every-4", "every-3", "every-2", "blocks", "blocks-offload"]
+VisionCheckpointing = Literal["none", "blocks"]
 Attention = Literal["sdpa", "flash", "efficient", "eager", "eager-fp32"]
 Loss = Literal["full", "full-shifted", "chunked"]
 Precision = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
-Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3"]
+Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2-no-reshard", "fsdp2-hybrid"]
 
 
 class Record:
@@ -52,11 +53,15 @@ class Choice(Record):
     accumulation: int
     effective_batch: int
     gpus: int = 1
+    nodes: int = 1
     checkpointing: Checkpointing = "none"
+    vision_checkpointing: VisionCheckpointing = "none"
     attention: Attention = "sdpa"
     loss: Loss = "full"
     precision: Precision = "bfloat16"
     optimizer: Optimizer = "adamw-fused"
+    optimizer_offload: bool = False
+    master_weights: bool = False
     sharding: Sharding = "none"
     expandable_segments: bool = False
     eval_batch: int | None = None
@@ -131,8 +136,108 @@ class Prediction(Record):
 
 
 @dataclass(frozen=True)
+class Speed(Record):
+    """How fast a choice is, as a roofline estimates it: good for comparing choices, not for promising times.
+
+    Samples and tokens are those of all GPUs together, every sample being as long as the longest. `flop_utilisation` is the
+    model's own floating-point operations (recomputation not counted) over what the cards could do at their dense peak.
+    `gpu_hours` is for the whole stage; None where the recipe does not say how many samples the data has. `seconds` divides
+    `step_seconds` by cause: ``compute``, ``recompute``, ``optimizer``, ``communication``, ``offload``: the last two are what
+    is not hidden behind the others.
+    """
+
+    step_seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    flop_utilisation: float
+    gpu_hours: float | None
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rung(Speed):
+    """A choice with the effective batch that was asked for, what it needs, how fast it is and what it changes.
+
+    `changes` has a sentence for every setting of the recipe that the choice replaces, by the name of the knob; empty where it
+    keeps them all. `exact` is whether a step gives the same gradient and update as the choice as asked, in exact
+    arithmetic; `exactness` says it in words. `named` are the titles that the rung holds: ``as asked``, ``fastest``,
+    ``least change``, ``least memory``.
+    """
+
+    choice: Choice
+    prediction: Prediction
+    changes: dict[str, str]
+    exact: bool
+    exactness: str
+    named: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Suggestion(Record):
+    """A change of the mathematics, which is never made unasked, and what it would save of the allocated peak.
+
+    `name` is one of ``lora``, ``8-bit optimizer``, ``shorter samples``, ``smaller images``, ``fewer experts``. `fits` is
+    whether the stage would fit on the card with it, all else being as in the plan.
+    """
+
+    name: str
+    change: str
+    saves_bytes: int
+    allocated_peak_bytes: int
+    fits: bool
+    basis: str
+
+
+@dataclass(frozen=True)
+class Limit(Record):
+    """The most of something that fits on the card, with the choice of the plan's fastest rung: ``micro_batch`` and so on."""
+
+    name: str
+    value: int
+    unit: str
+    beyond: str
+
+
+@dataclass(frozen=True)
+class Card(Record):
+    """A card and the number of GPUs on which the stage fits, with the choice that does."""
+
+    gpu: str
+    choice: Choice
+    reserved_peak_bytes: int
+    usable_bytes: int
+
+
+@dataclass(frozen=True)
+class Fit(Record):
+    """What a stage would take: the smallest cards by number of GPUs, and the limits of the card that was asked for."""
+
+    cards: tuple[Card, ...]
+    limits: tuple[Limit, ...]
+
+
+@dataclass(frozen=True)
+class Search(Record):
+    """How the ladder came about.
+
+    `considered` configurations; of them those that were `dominated`, as another one is at least as good whatever the sizes,
+    those that a bound dropped, and those that were replayed through the allocator.
+    """
+
+    considered: int
+    dominated: int
+    bounded: int
+    replayed: int
+
+
+@dataclass(frozen=True)
 class StagePlan(Record):
-    """One stage of the recipe: what was chosen, with the reason of every derived value, and what it needs."""
+    """One stage of the recipe: what was chosen, with the reason of every derived value, and what it needs.
+
+    `ladder` has rungs that fit, the fastest first. They keep what the recipe pins as long as anything fits with it; then
+    `unpinned` is the fastest configuration without pins, if it is faster. `nearest` is the choice that needs least where
+    nothing fits.
+    """
 
     name: str
     choice: Choice
@@ -143,6 +248,13 @@ class StagePlan(Record):
     samples_tokens: int
     image_tokens: int
     traced: str
+    speed: Speed | None = None
+    ladder: tuple[Rung, ...] = ()
+    unpinned: Rung | None = None
+    nearest: Rung | None = None
+    suggestions: tuple[Suggestion, ...] = ()
+    search: Search | None = None
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +281,7 @@ class Plan(Record):
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits."""
+        """Whether every stage fits as it was asked for."""
         return all(stage.prediction.fits for stage in self.stages)
 
 

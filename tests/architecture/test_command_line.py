@@ -10,7 +10,19 @@ from oomph import cli
 
 # Positional arguments in capitals, as the usage line shows them.
 COMMANDS = {
-    "plan": {"RECIPE", "[KEY=VALUE]...", "--stage", "--gpu", "--gpus", "--json", "--help"},
+    "plan": {
+        "RECIPE",
+        "[KEY=VALUE]...",
+        "--stage",
+        "--gpu",
+        "--gpus",
+        "--no-ladder",
+        "--fit",
+        "--keep",
+        "--json",
+        "--help",
+    },
+    "report": {"FILE", "--json", "--help"},
 }
 
 

@@ -41,6 +41,7 @@ def key_of(name: str) -> FormKey:
         loss="chunked",
         optimizer="adamw-fused",
         checkpointing="blocks",
+        vision_checkpointing="blocks",
         precision="bfloat16",
         capability=(8, 0),
         image_size=(),
@@ -54,6 +55,7 @@ def key_of(name: str) -> FormKey:
 def test_a_catalogued_model_has_a_closed_form(name: str) -> None:
     traced = make_form(key_of(name))
     assert traced.form is not None, traced.how
+    assert not traced.form.work.note
     assert sum(parameter.numel for parameter in traced.form.parameters) == MODELS[name].parameters
 
 

@@ -105,13 +105,12 @@ def _words(text: str) -> list[str]:
 
 
 class Reader:
-    """Somebody who follows a page: runs its commands in one folder, with one trace cache."""
+    """Somebody who follows a page: runs its commands in one folder, and sees what they print but for their progress."""
 
     def __init__(self, folder: Path, root: Path) -> None:
         self.folder, self._last = folder / "folder", 0
         self._environment = {
             **{name: value for name, value in os.environ.items() if name not in {"COLUMNS", "FORCE_COLOR", "OOMPH_DEBUG"}},
-            "XDG_CACHE_HOME": str(folder / "cache"),
             "PYTHONIOENCODING": "utf-8",
         }
         self.folder.mkdir()
@@ -127,7 +126,10 @@ class Reader:
         return saved
 
     def run(self, command: str) -> str:
-        """What a command prints, to stderr and to stdout. Known are ``oomph``, with ``> FILE``, and ``echo $?``."""
+        """What a command prints, to stderr and to stdout, without the lines that say what is being traced.
+
+        Known are ``oomph``, with ``> FILE``, and ``echo $?``.
+        """
         if command == "echo $?":
             return f"{self._last}\n"
         command, _, target = command.partition(" > ")
@@ -141,7 +143,8 @@ class Reader:
             stderr=subprocess.PIPE if target else subprocess.STDOUT,
             check=False,
         )
-        self._last, printed = done.returncode, done.stdout.decode()
+        self._last = done.returncode
+        printed = re.sub(r"^tracing \d+ .*\n", "", done.stdout.decode(), flags=re.MULTILINE)
         if target:
             (self.folder / target).write_text(printed, encoding="utf-8")
         return "" if target else printed
@@ -157,7 +160,7 @@ def pages(root: Path) -> dict[str, Page]:
 
 @pytest.fixture(scope="module")
 def reader(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    """Somebody with an empty folder and an empty cache."""
+    """Somebody with an empty folder."""
     return Reader(tmp_path_factory.mktemp("reader"), root)
 
 

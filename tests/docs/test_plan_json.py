@@ -10,10 +10,28 @@ from typing import Any, Literal
 import pytest
 
 import oomph.records as records
-from oomph.records import Choice, FailingRequest, PhasePeak, Plan, Prediction, Request, StagePlan
+from oomph.records import (
+    Card,
+    Choice,
+    FailingRequest,
+    Fit,
+    Limit,
+    PhasePeak,
+    Plan,
+    Prediction,
+    Request,
+    Rung,
+    Search,
+    Speed,
+    StagePlan,
+    Suggestion,
+)
 
 PAGE = "docs/plan-json.md"
-RECORDS = (Plan, StagePlan, Choice, Prediction, PhasePeak, Request, FailingRequest)
+RECORDS = (
+    *(Plan, StagePlan, Choice, Prediction, PhasePeak, Request, FailingRequest),
+    *(Speed, Rung, Suggestion, Search, Fit, Card, Limit),
+)
 NAMES = {int: "integer", str: "string", bool: "boolean", float: "number", type(None): "null"}
 
 

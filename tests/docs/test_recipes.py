@@ -77,7 +77,7 @@ def test_auto_means_what_the_page_says(pages: dict[str, Any]) -> None:
     documented = {knob.strip("`"): value for knob, value, _ in pages[PAGE].table("What `auto` means")}
     assert set(documented) == set(KNOBS)
     for gpu, gpus, sharding in (("A100-SXM4-40GB", 8, "ddp"), ("T4", 1, "none")):
-        asked = override(recipe, [f"hardware.gpu={gpu}", f"hardware.gpus={gpus}", "sharding=auto"])
+        asked = override(recipe, [f"hardware.gpu={gpu}", f"hardware.gpus={gpus}", "master_weights=auto"])
         stage = asked.stages[0]
         assert all(getattr(memory_of(asked, stage), knob) == "auto" for knob in KNOBS)
         choice, reasons = resolve(stage, asked, find_gpu(gpu))
@@ -87,7 +87,10 @@ def test_auto_means_what_the_page_says(pages: dict[str, Any]) -> None:
         assert reasons["eval_batch"].startswith("as the micro-batch")
         for knob in ("checkpointing", "attention", "loss", "optimizer"):
             assert documented[knob] == f"`{getattr(choice, knob)}`"
-        assert documented["expandable_segments"] == f"`{str(choice.expandable_segments).lower()}`"
+        for knob in ("optimizer_offload", "expandable_segments"):
+            assert documented[knob] == f"`{str(getattr(choice, knob)).lower()}`"
+        assert documented["vision_checkpointing"].startswith(f"`{choice.vision_checkpointing}`")
+        assert documented["master_weights"].startswith(f"`{str(choice.master_weights).lower()}`")
 
 
 def test_yaml_on_the_pages_is_what_a_recipe_can_say(pages: dict[str, Any], tmp_path: Any) -> None:

@@ -7,12 +7,13 @@ settings, in GiB, are those of an independent simulation that counts live tensor
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from oomph import cli
-from oomph.records import Plan
+from oomph.records import Plan, Rung
 from oomph.units import GIB
 
 RECIPE = "moe-llava/phi2-clip336-as-published"
@@ -39,7 +40,7 @@ def planned(capsys: Any, *arguments: str) -> tuple[int, Plan, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_crash_is_predicted(capsys: Any) -> None:
-    code, plan, document = planned(capsys, "--stage", "finetune")
+    code, plan, document = planned(capsys, "--stage", "finetune", "--no-ladder")
     assert code == 1
     request = plan.stages[0].prediction.failing_request
     assert request is not None
@@ -54,7 +55,7 @@ def test_the_crash_is_predicted(capsys: Any) -> None:
 
 @pytest.mark.slow
 def test_the_stage_before_fits(capsys: Any) -> None:
-    code, plan, _ = planned(capsys, "--stage", "align")
+    code, plan, _ = planned(capsys, "--stage", "align", "--no-ladder")
     assert code == 0
     assert plan.stages[0].samples_tokens == 630
 
@@ -65,6 +66,28 @@ def test_the_stage_before_fits(capsys: Any) -> None:
     [(["micro_batch=4"], 25.5), (["attention=efficient"], 25.8), (["attention=efficient", "loss=chunked"], 17.4)],
 )
 def test_the_ways_out_fit(capsys: Any, settings: list[str], gib: float) -> None:
-    code, plan, _ = planned(capsys, "--stage", "finetune", *settings)
+    code, plan, _ = planned(capsys, "--stage", "finetune", "--no-ladder", *settings)
     assert code == 0
     assert plan.stages[0].prediction.allocated_peak_bytes == pytest.approx(gib * GIB, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_ladder_has_the_published_cure_and_better_ones(capsys: Any) -> None:
+    code, plan, document = planned(capsys, "--stage", "finetune")
+    (stage,) = plan.stages
+    assert code == 1
+    assert set(document["stages"][0]["ladder"][0]) >= {"choice", "prediction", "step_seconds", "samples_per_second", "changes"}
+
+    def rung(attention: Any, loss: Any, micro_batch: int, accumulation: int) -> Rung:
+        batch = {"micro_batch": micro_batch, "accumulation": accumulation}
+        asked = replace(stage.choice, attention=attention, loss=loss, **batch)
+        return next(rung for rung in stage.ladder if rung.choice == asked)
+
+    efficient, chunked = rung("efficient", "full-shifted", 8, 2), rung("efficient", "chunked", 16, 1)
+    cure = rung("eager-fp32", "full-shifted", 4, 4)
+    assert min(efficient.samples_per_second, chunked.samples_per_second) > cure.samples_per_second
+    assert (set(efficient.changes), set(cure.changes)) == ({"attention"}, {"micro_batch"})
+    assert all(rung.prediction.fits and rung.choice.effective_batch == 128 for rung in stage.ladder)
+    assert [rung.step_seconds for rung in stage.ladder] == sorted(rung.step_seconds for rung in stage.ladder)
+    assert stage.search is not None
+    assert stage.search.considered >= 10_000

@@ -34,10 +34,10 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def plan(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs `oomph plan --json` in this process."""
+    """Runs `oomph plan --json` in this process, without a ladder unless that is asked for."""
 
-    def run(recipe: str | Path, *arguments: str) -> Answer:
-        code = cli.run(["plan", str(recipe), "--json", *arguments])
+    def run(recipe: str | Path, *arguments: str, ladder: bool = False) -> Answer:
+        code = cli.run(["plan", str(recipe), "--json", *([] if ladder else ["--no-ladder"]), *arguments])
         out, errors = capsys.readouterr()
         return Answer(code, json.loads(out) if out else None, errors)
 
@@ -135,6 +135,22 @@ def test_odd_settings_are_planned(plan: Any, small: Path, settings: list[str]) -
     assert_whole(answer)
     (stage,) = answer.document["stages"]
     assert stage["samples_tokens"] >= stage["image_tokens"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["data.max_tokens=1000000", "attention=eager"], ["data.max_tokens=1", "data.images_per_sample=0"]],
+    ids=" ".join,
+)
+def test_odd_settings_have_a_ladder_or_a_nearest(plan: Any, small: Path, settings: list[str]) -> None:
+    answer = plan(small, *settings, ladder=True)
+    assert_whole(answer)
+    (stage,) = answer.document["stages"]
+    times = [rung["step_seconds"] for rung in stage["ladder"]]
+    assert times == sorted(times)
+    assert all(rung["prediction"]["fits"] and rung["choice"]["effective_batch"] == 6 for rung in stage["ladder"])
+    assert (stage["nearest"] is None) == bool(stage["ladder"])
+    assert answer.code == (0 if stage["prediction"]["fits"] else 1)
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from oomph.core.closed_form import constant_form
 from oomph.core.events import Events
 from oomph.core.layout import Shape, lay_out
 from oomph.live.batch import Images, images_of
-from oomph.live.layers import shorten
+from oomph.live.checkpointing import apply_checkpointing
 from oomph.live.model import build, part_finder
-from oomph.live.simulate import Setup, Simulator, checkpoint_blocks, make_optimizer
+from oomph.live.simulate import Setup, Simulator, make_optimizer
 from oomph.live.step import LOSSES, train_step
 from oomph.records import Choice
 
@@ -133,7 +133,7 @@ def _reproducible() -> Iterator[None]:
 def _traced_step(case: Case) -> Step:
     """The second step of the events that a prediction replays: CUDA rules off, every layer traced, nothing rounded."""
     model = case.model()
-    trace = Simulator(model, case.setup, shorten(model, WHOLE), case.images()).trace(case.shape)
+    trace = Simulator(model, case.setup, WHOLE, case.images()).trace(case.shape)
     samples, tokens, images = case.shape
     choice = Choice(samples, MICRO_BATCHES, MICRO_BATCHES * samples, eval_batch=samples)
     events = lay_out(constant_form(trace), choice, tokens, images // samples)
@@ -178,8 +178,7 @@ def _two_steps(case: Case) -> None:
             parameter.normal_(std=0.02, generator=random)
         for buffer in model.buffers():
             buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
-    if case.setup.checkpointing == "blocks":
-        checkpoint_blocks(model)
+    apply_checkpointing(model, case.setup.checkpointing, case.setup.vision_checkpointing)
     optimizer = make_optimizer(model, case.setup.optimizer)
     images, samples, tokens = case.images(), case.shape.samples, case.shape.tokens
     last = case.config.get_text_config().vocab_size - 1

@@ -75,7 +75,7 @@ SURPLUS: dict[str, Cause] = {
 
 
 def _recomputes(case: Any) -> bool:
-    return bool(case.setup.checkpointing == "blocks")
+    return bool(case.setup.checkpointing != "none")
 
 
 def _surplus(difference: Difference, op: str) -> bool:
@@ -138,10 +138,12 @@ CASES = {
     "LLaVA Phi, checkpointing, frozen tower, eager-fp32, full-shifted": Trained(
         phi, "adamw-foreach", "blocks", TOWER, "eager-fp32", "full-shifted"
     ),
+    "LLaVA Phi, every-2, frozen tower": Trained(phi, "adamw-foreach", "every-2", TOWER),
     "LLaVA Llama": Trained(llama, "adamw-fused"),
     "LLaVA Llama, frozen tower": Trained(llama, "adamw-fused", frozen=TOWER, slow=False),
     "LLaVA Llama, checkpointing": Trained(llama, "adamw-fused", "blocks"),
     "LLaVA Llama, checkpointing, frozen tower": Trained(llama, "adamw-fused", "blocks", TOWER),
+    "LLaVA Llama, blocks-offload, frozen tower": Trained(llama, "adamw-fused", "blocks-offload", TOWER, slow=False),
     "LLaVA Llama, chunked": Trained(llama, "adamw-fused", loss="chunked"),
     "Qwen3-MoE": Trained(qwen, "adamw-loop", slow=False),
     "Qwen3-MoE, checkpointing": Trained(qwen, "adamw-loop", "blocks"),
@@ -239,7 +241,8 @@ def compared(make_case: Any, run_twice: Any) -> Callable[[str], Compared]:
             trained = CASES[name]
             # torch's grouped_mm on fake tensors takes bfloat16 alone.
             dtype, shape = (torch.bfloat16, SHAPE._replace(images=0)) if trained.model is qwen else (torch.float32, SHAPE)
-            setup = Setup(trained.attention, trained.loss, trained.optimizer, trained.checkpointing, None)
+            vision = "blocks" if trained.checkpointing == "blocks" else "none"
+            setup = Setup(trained.attention, trained.loss, trained.optimizer, trained.checkpointing, vision, None)
             case = make_case(trained.model(), dtype, trained.frozen, setup, shape)
             known[name] = compare(case, *run_twice(case))
         return known[name]

@@ -33,7 +33,6 @@ from oomph.core.trace import NOWHERE, Trace, layer_of
 from oomph.core.unroll import UNITS, unroll
 from oomph.errors import UserError
 from oomph.live.batch import Images, images_of
-from oomph.live.layers import shorten
 from oomph.live.memo import Memo
 from oomph.live.model import build, compose_llava, part_finder
 from oomph.live.simulate import Setup, Simulator
@@ -113,8 +112,9 @@ class Case:
         part = part_finder(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part(name) not in self.frozen)
-        setup = Setup(self.attention, self.loss, self.optimizer, self.checkpointing, self.capability)
-        return Simulator(model, setup, shorten(model, units), self.images(config))
+        vision = "blocks" if self.checkpointing == "blocks" else "none"
+        setup = Setup(self.attention, self.loss, self.optimizer, self.checkpointing, vision, self.capability)
+        return Simulator(model, setup, units, self.images(config))
 
     def images(self, config: PretrainedConfig) -> Images | None:
         return images_of(config, None) if self.family.images else None
@@ -352,6 +352,7 @@ def key(vision: str, language: str) -> FormKey:
         loss="chunked",
         optimizer="adamw-fused",
         checkpointing="blocks",
+        vision_checkpointing="none",
         precision="bfloat16",
         capability=(8, 0),
         image_size=(),

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 from oomph.core.allocator import Allocator, Replay, replay
 from oomph.core.closed_form import constant_form
 from oomph.core.layout import Shape, compose
+from oomph.core.unroll import UNITS
 from oomph.live import simulate
 from oomph.live.cuda_rules import CudaRules, Device
-from oomph.live.layers import shorten
 from oomph.live.simulate import Setup, Simulator
 from oomph.live.step import Batch, commit
 
@@ -132,8 +132,8 @@ def predicted(key: str) -> Replay:
         patch.setattr(simulate, "commit", step.commit)
         patch.setattr(simulate, "text_inputs", lambda _, shape, __: {"input_ids": torch.empty(shape[:2], dtype=torch.long)})
         model = adapted(row)
-        setup = Setup(run["attn_impl"], "full", "adamw-foreach", "blocks", (7, 5))
-        simulator = Simulator(model, setup, shorten(model), None)
+        setup = Setup(run["attn_impl"], "full", "adamw-foreach", "blocks", "none", (7, 5))
+        simulator = Simulator(model, setup, UNITS, None)
         model.enable_input_require_grads()
         shape = Shape(run["batch_size"], run["seq_len"], 0)
         events = compose(constant_form(simulator.trace(shape)), shape, 1, None)

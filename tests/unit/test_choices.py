@@ -1,15 +1,26 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from oomph.core.choices import micro_batch_candidates, micro_batch_sizes, resolve, sample_tokens
+from oomph import cli
+from oomph.core.choices import (
+    cuts,
+    micro_batch_candidates,
+    micro_batch_sizes,
+    reasons_for,
+    resolve,
+    sample_tokens,
+    with_micro_batch,
+)
 from oomph.errors import UserError
-from oomph.recipe import Data, Recipe, data_of, load, override, stage_of
+from oomph.recipe import KNOBS, Data, Recipe, data_of, load, override, stage_of
 from oomph.records import Choice
 
 
@@ -21,15 +32,23 @@ class Card:
 
 A100 = Card("A100-SXM4-40GB", (8, 0))
 T4 = Card("T4", (7, 5))
+PINS: dict[str, list[Any]] = {
+    "sharding": ["auto", "none", "ddp", "zero1", "zero3", "fsdp2", "fsdp2-hybrid"],
+    "attention": ["auto", "sdpa", "flash", "efficient"],
+    "precision": ["auto", "bfloat16", "float32"],
+    "master_weights": ["auto", True, False],
+    "optimizer_offload": ["auto", True, False],
+    "checkpointing": ["auto", "none", "every-4"],
+}
 
 
-def recipe(effective_batch: int = 16, gpus: int = 1, **memory: object) -> Recipe:
+def recipe(effective_batch: int = 16, gpus: int = 1, nodes: int = 1, **memory: object) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "small",
             "model": "phi-2",
             "data": {"max_tokens": 512},
-            "hardware": {"gpu": "A100-SXM4-40GB", "gpus": gpus},
+            "hardware": {"gpu": "A100-SXM4-40GB", "gpus": gpus, "nodes": nodes},
             "memory": memory,
             "stages": [{"name": "tune", "train": {"language": 1e-4}, "effective_batch": effective_batch}],
         }
@@ -60,6 +79,7 @@ def test_what_is_left_open_is_decided() -> None:
         accumulation=1,
         effective_batch=16,
         checkpointing="blocks",
+        vision_checkpointing="blocks",
         loss="chunked",
         eval_batch=16,
     )
@@ -77,14 +97,18 @@ def test_what_is_pinned_stays() -> None:
         "loss": "full",
         "precision": "float32",
         "optimizer": "adamw-loop",
-        "sharding": "zero3",
+        "optimizer_offload": True,
+        "master_weights": False,
+        "sharding": "fsdp2-hybrid",
+        "vision_checkpointing": "blocks",
         "expandable_segments": True,
         "eval_batch": 3,
     }
-    choice, reasons = solve(recipe(gpus=2, **pinned))
+    choice, reasons = solve(recipe(gpus=4, nodes=2, **pinned))
+    assert set(pinned) == set(KNOBS)
     assert {name: getattr(choice, name) for name in pinned} == pinned
     assert {reasons[name] for name in pinned} == {f"pinned by memory.{name}" for name in pinned}
-    assert choice.accumulation == 4
+    assert (choice.accumulation, choice.nodes) == (2, 2)
 
 
 def test_the_reason_says_where_a_knob_is_pinned() -> None:
@@ -105,10 +129,12 @@ def test_the_published_recipe_resolves_to_the_published_numbers(name: str, micro
         effective_batch=256 if name == "align" else 128,
         gpus=8,
         checkpointing="blocks",
+        vision_checkpointing="blocks",
         attention="eager-fp32",
         loss="full-shifted",
         precision="bfloat16",
         optimizer="adamw-foreach",
+        master_weights=True,
         sharding="zero2",
         expandable_segments=False,
         eval_batch=4,
@@ -124,7 +150,86 @@ def test_a_smaller_micro_batch_accumulates_more() -> None:
 def test_ours_resolves_too() -> None:
     ours = load("moe-llava/phi2-clip336")
     for stage in ours.stages:
-        assert resolve(stage, ours, A100)[0].sharding == "zero2"
+        choice, reasons = resolve(stage, ours, A100)
+        assert (choice.master_weights, choice.sharding) == (True, "ddp")
+        assert reasons["master_weights"] == "pinned by memory.master_weights"
+
+
+# Knobs that follow from others.
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero2", "zero3"])
+def test_zero_has_master_weights_where_weights_are_half_precision(sharding: str) -> None:
+    choice, reasons = solve(recipe(gpus=2, sharding=sharding))
+    assert choice.master_weights
+    assert reasons["master_weights"] == f"sharding {sharding} always has them"
+    assert not solve(recipe(gpus=2, sharding=sharding, precision="float32"))[0].master_weights
+
+
+def test_master_weights_are_had_with_every_sharding() -> None:
+    for gpus, shardings in ((1, ["none"]), (2, ["ddp", "zero2", "fsdp2", "fsdp2-no-reshard"])):
+        for sharding in shardings:
+            assert solve(recipe(gpus=gpus, master_weights=True, sharding=sharding))[0].master_weights
+    assert not solve(recipe(gpus=2))[0].master_weights
+
+
+@pytest.mark.parametrize(
+    ("memory", "vision"),
+    [
+        ({}, "blocks"),
+        ({"checkpointing": "every-3"}, "blocks"),
+        ({"checkpointing": "none"}, "none"),
+        ({"checkpointing": "none", "vision_checkpointing": "blocks"}, "blocks"),
+        ({"vision_checkpointing": "none"}, "none"),
+    ],
+)
+def test_the_tower_is_checkpointed_as_the_language_model_is(memory: dict[str, str], vision: str) -> None:
+    assert solve(recipe(**memory))[0].vision_checkpointing == vision
+
+
+def test_what_a_search_found_has_its_own_reasons() -> None:
+    """Knobs left open that got another value, and the micro-batch, whose number the search decided in any case."""
+    wanted = recipe(attention="eager", sharding="fsdp2", gpus=2)
+    choice, reasons = solve(wanted)
+    found = replace(with_micro_batch(choice, 2, "auto"), checkpointing="every-2", loss="full")
+    again = reasons_for(found, wanted.stages[0], wanted, A100)
+    assert set(again) == set(reasons)
+    searched = {knob for knob, reason in again.items() if reason == "the fastest configuration that fits has it"}
+    assert searched == {"micro_batch", "checkpointing", "loss"}
+    assert again["accumulation"] == "8 samples of a GPU, 2 at a time, make 4"
+    assert again["attention"] == "pinned by memory.attention"
+
+
+# Cuts of a batch.
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.booleans())
+def test_the_cuts_are_the_micro_batches_that_a_recipe_may_pin(batch: int, gpus: int, zero: bool) -> None:
+    assume(batch >= gpus and (gpus > 1 or not zero))
+    sharding = "zero2" if zero else "ddp" if gpus > 1 else "none"
+    choice = Choice(1, batch, batch, gpus)
+    possible = []
+    for micro_batch in range(1, batch + 1):
+        try:
+            solve(recipe(batch, gpus, sharding=sharding, micro_batch=micro_batch))
+        except UserError:
+            continue
+        possible.append(micro_batch)
+    every = list(cuts(choice, sharding, every=True))
+    assert every == sorted(possible, reverse=True)
+    best = list(cuts(choice, sharding))
+    steps = {micro_batch: with_micro_batch(choice, micro_batch, "none").accumulation for micro_batch in every}
+    assert best == [cut for cut in every if cut == min(other for other in every if steps[other] == steps[cut])]
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.sampled_from(["auto", "none", 3]))
+def test_another_cut_keeps_the_samples(batch: int, gpus: int, eval_batch: int | str) -> None:
+    assume(batch >= gpus)
+    choice, _ = solve(recipe(batch, gpus, eval_batch=eval_batch))
+    for micro_batch in cuts(choice, choice.sharding):
+        other = with_micro_batch(choice, micro_batch, eval_batch)
+        assert other == solve(recipe(batch, gpus, eval_batch=eval_batch, micro_batch=micro_batch))[0]
+        assert sum(map(sum, micro_batch_sizes(other))) == batch
 
 
 def test_evaluation_may_be_left_out() -> None:
@@ -240,11 +345,36 @@ def test_the_batches_that_are_named_do_work(batch: int, gpus: int, micro_batch: 
         (recipe(attention="flash"), T4, "attention flash is not possible with hardware.gpu T4: its compute capability is 7.5"),
         (recipe(precision="bfloat16"), T4, "precision bfloat16 is not possible with hardware.gpu T4"),
         (recipe(attention="flash", precision="float32"), A100, "attention flash is not possible with precision float32"),
+        (recipe(sharding="zero3"), A100, "sharding zero3 is not possible with hardware.gpus 1"),
+        (recipe(sharding="fsdp2"), A100, "sharding fsdp2 is not possible with hardware.gpus 1"),
+        (recipe(gpus=8, sharding="fsdp2-hybrid"), A100, "sharding fsdp2-hybrid is not possible with hardware.nodes 1"),
+        (recipe(gpus=8, nodes=8, sharding="fsdp2-hybrid"), A100, "is not possible with hardware.nodes 8 for 8 GPUs"),
+        (recipe(gpus=2, sharding="zero1", master_weights=False), A100, "master_weights false is not possible with sharding ze"),
+        (recipe(gpus=2, sharding="zero3", optimizer_offload=True), A100, "optimizer_offload true is not possible with shard"),
     ],
 )
-def test_what_cannot_be_names_both_numbers(wanted: Recipe, card: Card, says: str) -> None:
+def test_what_cannot_be_names_both_settings(wanted: Recipe, card: Card, says: str) -> None:
     (problem,) = refused(wanted, card).problems
     assert says in problem
+
+
+@given(st.sampled_from([(1, 1), (2, 1), (4, 1), (4, 2), (4, 4)]), st.data())
+def test_pins_clash_or_make_a_choice_that_has_them(cluster: tuple[int, int], data: st.DataObject) -> None:
+    """Any pins: a choice with just these, or a sentence for each clash, which names a value of the recipe's."""
+    pins = {knob: data.draw(st.sampled_from(values), knob) for knob, values in PINS.items()}
+    wanted = recipe(16, *cluster, **pins)
+    card = data.draw(st.sampled_from([A100, T4]))
+    given = {knob: value for knob, value in pins.items() if value != "auto"}
+    problems: list[str] = []
+    try:
+        choice, _ = solve(wanted, card)
+    except UserError as error:
+        problems = error.problems
+    else:
+        assert {knob: getattr(choice, knob) for knob in given} == given
+    assert len(set(problems)) == len(problems)
+    for problem in problems:
+        assert any(f"{knob} {str(value).lower()} " in problem for knob, value in given.items()), problem
 
 
 def test_the_hint_names_the_micro_batches_that_work() -> None:
@@ -254,6 +384,35 @@ def test_the_hint_names_the_micro_batches_that_work() -> None:
 def test_all_that_cannot_be_is_said_at_once() -> None:
     wanted = recipe(8, attention="flash", precision="bfloat16", sharding="zero1", micro_batch=9)
     assert len(refused(wanted, T4).problems) == 4
+    pins = {"sharding": "zero2", "optimizer_offload": True, "master_weights": False, "attention": "flash"}
+    assert len(refused(recipe(8, **pins, precision="bfloat16"), T4).problems) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["micro_batch=16", "stages.tune.effective_batch=8"], ["micro_batch 16", "effective_batch 8"]),
+        (["attention=flash", "hardware.gpu=T4"], ["attention flash", "hardware.gpu T4"]),
+        (["sharding=zero3"], ["sharding zero3", "hardware.gpus 1"]),
+    ],
+)
+def test_impossible_pins_are_wrong_input(tmp_path: Path, capsys: Any, settings: list[str], names: list[str]) -> None:
+    """Exit code 2, before anything is traced: there is no model in the folder but for a configuration."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    file = tmp_path / "recipe.yaml"
+    lines = [
+        "name: small",
+        f"model: {json.dumps(str(tmp_path))}",
+        "data: {max_tokens: 512}",
+        "hardware: {gpu: A100-SXM4-40GB}",
+        "stages: [{name: tune, train: {language: 1.0e-4}, effective_batch: 16}]",
+    ]
+    file.write_text("\n".join(lines))
+    assert cli.run(["plan", str(file), *settings]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert all(name in err for name in names)
+    assert "hint: " in err
 
 
 def test_eager_attention_in_float32_works_on_every_card() -> None:

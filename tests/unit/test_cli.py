@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ from oomph.core.forms import Traced
 from oomph.errors import UserError
 from oomph.recipe import Recipe
 from oomph.records import Choice, Plan, Prediction, StagePlan
+from oomph.report.reading import parse_plan
 from oomph.report.text import render
 from oomph.units import GIB
 
@@ -52,8 +54,8 @@ def planner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
     def install(answer: Any) -> list[Any]:
         calls: list[Any] = []
 
-        def make_plan(recipe: Recipe, source: Any, stages: Sequence[str] | None = None) -> Plan:
-            calls.append((recipe, source, stages))
+        def make_plan(recipe: Recipe, source: Any, stages: Sequence[str] | None = None, **options: Any) -> Plan:
+            calls.append((recipe, source, stages, options))
             if isinstance(answer, BaseException):
                 raise answer
             plan: Plan = answer(recipe, source, stages) if callable(answer) else answer
@@ -88,7 +90,7 @@ def test_settings_and_flags_reach_the_recipe(planner: Any) -> None:
     calls = planner(plan_of(True))
     flags = ["--gpu", "4090", "--gpus", "2", "--stage", "moe", "--stage", "align", "--stage", "moe"]
     assert cli.run(["plan", RECIPE, "micro_batch=4", *flags, "data.max_tokens=1024"]) == 0
-    ((recipe, _, stages),) = calls
+    ((recipe, _, stages, _),) = calls
     assert (recipe.hardware.gpu, recipe.hardware.gpus) == ("4090", 2)
     assert (recipe.memory.micro_batch, recipe.data.max_tokens) == (4, 1024)
     assert stages == ["moe", "align"]
@@ -98,6 +100,20 @@ def test_without_stages_all_are_planned(planner: Any) -> None:
     calls = planner(plan_of(True))
     cli.run(["plan", RECIPE])
     assert calls[0][2] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {"ladder": True, "fit": False, "keep": []}),
+        (["--no-ladder", "--fit"], {"ladder": False, "fit": True, "keep": []}),
+        (["--keep", "loss", "--keep", "micro_batch"], {"ladder": True, "fit": False, "keep": ["loss", "micro_batch"]}),
+    ],
+)
+def test_flags_say_what_to_look_for(planner: Any, flags: list[str], options: dict[str, Any]) -> None:
+    calls = planner(plan_of(True))
+    assert cli.run(["plan", RECIPE, *flags]) == 0
+    assert calls[0][3] == options
 
 
 @pytest.mark.parametrize(
@@ -114,6 +130,8 @@ def test_without_stages_all_are_planned(planner: Any) -> None:
         (["plan", RECIPE, "--gpus", "0"], "error: `hardware.gpus` must be at least 1, not 0"),
         (["plan", RECIPE, "micro_batch"], "error: 'micro_batch' is not a setting\n\nhint: settings are written key=value"),
         (["plan", RECIPE, "micro_bach=4"], "error: `micro_bach` is no key of a recipe; did you mean"),
+        (["plan", RECIPE, "--no-ladder", "--keep", "loss"], "error: --keep is for the search that --no-ladder leaves out"),
+        (["report"], "error: missing argument 'FILE'\n\nhint: `oomph report --help`"),
         (["plan", "moe-llava/phi2-clip"], "error: there is no recipe 'moe-llava/phi2-clip'; did you mean"),
         (
             ["plan", RECIPE, "--stage", "finetun", "--stage", "alin"],
@@ -131,6 +149,16 @@ def test_a_mistake_is_an_error_with_a_way_out(planner: Any, capsys: Any, argumen
     assert err.count("\n\nhint: ") == 1
     assert not out
     assert not calls
+
+
+def test_a_setting_to_keep_that_is_none_is_refused_before_anything_is_traced(capsys: Any) -> None:
+    assert cli.run(["plan", RECIPE, "--keep", "attentoin"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    first, _, hint = err.splitlines()
+    assert first.startswith("error: ")
+    assert "attentoin" in first
+    assert all(knob in hint for knob in ("micro_batch", "attention", "loss", "sharding"))
 
 
 def test_what_the_planner_refuses_is_the_user_s_to_mend(planner: Any, capsys: Any) -> None:
@@ -207,6 +235,91 @@ def test_only_a_trace_that_the_cache_lacks_is_made_and_announced(
     assert made == [KEY]
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A plan that does not fit, as `oomph plan --json` writes it."""
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan_of(False).to_json(), indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def test_a_report_is_the_screen_of_the_plan(saved: Path, capsys: Any) -> None:
+    assert cli.run(["report", str(saved)]) == 0
+    assert capsys.readouterr() == (render(plan_of(False)), "")
+
+
+def test_a_report_as_json_is_the_file(saved: Path, capsys: Any) -> None:
+    assert cli.run(["report", str(saved), "--json"]) == 0
+    assert capsys.readouterr() == (saved.read_text(encoding="utf-8"), "")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_report_reads_standard_input_in_the_encodings_of_shells(
+    saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    content = saved.read_text(encoding="utf-8").encode(encoding)
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+    assert cli.run(["report", "-"]) == 0
+    assert capsys.readouterr() == (render(plan_of(False)), "")
+
+
+WHOLE = plan_of(True).to_json()
+TEXT = json.dumps(WHOLE).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (render(plan_of(True)).encode(), "is not JSON: expecting value in line 1"),
+        (b"name: tiny\nmodel: phi-2\n", "is not JSON: expecting value in line 1"),
+        (b"\x1f\x8b\x08\xff\xfe", "is not JSON: "),
+        (TEXT[:-1], "is cut off"),
+        (TEXT[: TEXT.index(b'"align"') + 4], "is cut off"),
+        (TEXT[: TEXT.index(b"true") + 2], "is cut off"),
+        (TEXT + TEXT, "is not JSON: extra data in line 1"),
+        (b"[" * 10**5, "is not a plan: it is nested too deeply"),
+        (b"[1, 2]", "is JSON, but no plan"),
+        (b"{}", "is JSON, but no plan"),
+        (b'{"allocated_peak_bytes": 3}', "is JSON, but no plan"),
+        (json.dumps(WHOLE | {"schema": 2}).encode(), "has schema 2, and this version of oomph reads schema 1"),
+        (json.dumps(WHOLE | {"schema": "\x1b[2J"}).encode(), "has schema '\\x1b[2J', and this version"),
+        (b'{"stages": []}', "has no schema number, and this version of oomph reads schema 1"),
+        (json.dumps(WHOLE | {"stages": 3}).encode(), "is a damaged plan: Plan.stages: 3 is not of type tuple"),
+        (json.dumps(WHOLE | {"stages": [{}]}).encode(), "is a damaged plan: Plan.stages[0]: StagePlan lacks choice, "),
+        (json.dumps(WHOLE | {"gpus": "\x1b[2J"}).encode(), "is a damaged plan: Plan.gpus: '\\x1b[2J' is not of type int"),
+        (json.dumps(WHOLE | {"\x1b[2J": 1}).encode(), "is a damaged plan: Plan: Plan has no field ?[2J"),
+        (TEXT.replace(b"0.01", b"NaN"), "is not JSON: NaN is no number"),
+        (TEXT.replace(b"0.01", b"1e999"), "is not JSON: 1e999 is too large a number"),
+        (TEXT.replace(b'"gpus": 1', b'"gpus": ' + b"9" * 400), "is not JSON: 99999999999999999999... is too large a number"),
+    ],
+)
+def test_anything_but_a_plan_is_refused(tmp_path: Path, capsys: Any, content: bytes, message: str) -> None:
+    file = tmp_path / "plan.json"
+    file.write_bytes(content)
+    assert cli.run(["report", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    problem, blank, hint = err.splitlines()
+    assert problem.startswith(f"error: {file} {message}")
+    assert (blank, hint.startswith("hint: "), "oomph plan RECIPE --json > plan.json" in hint) == ("", True, True)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, capsys: Any) -> None:
+    for file, message in ((tmp_path / "none.json", "there is no file "), (tmp_path, f"'{tmp_path}' is a folder")):
+        assert cli.run(["report", str(file)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert cli.run(["report", str(tmp_path / ("x" * 300))]) == 2
+    assert "cannot be read: File name too long\n\nhint: " in capsys.readouterr().err
+
+
+def test_whatever_is_cut_from_a_plan_is_called_cut_off() -> None:
+    for end in range(1, len(TEXT)):
+        with pytest.raises(UserError, match=r"^plan is cut off"):
+            parse_plan(TEXT[:end], "plan")
+
+
 # What only shows from outside: a process of its own, whose planner is the one above.
 DRIVER = f"""
 import sys
@@ -215,8 +328,8 @@ import oomph.core.plan
 from oomph import cli
 from oomph.records import Plan
 plan = Plan.from_json({plan_of(True).to_json()!r})
-oomph.core.plan.make_plan = lambda *_: plan
-code = cli.run(["plan", {RECIPE!r}, *sys.argv[1:]])
+oomph.core.plan.make_plan = lambda *_, **__: plan
+code = cli.run(sys.argv[1:])
 assert not {{"torch", "transformers"}} & sys.modules.keys()
 sys.exit(code)
 """
@@ -225,7 +338,7 @@ sys.exit(code)
 def start(arguments: list[str], stdout: int, **environment: str) -> subprocess.Popen[bytes]:
     plain = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "FORCE_COLOR", "COLUMNS"}}
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, *arguments],
+        [sys.executable, "-c", DRIVER, *(arguments if arguments[:1] == ["report"] else ["plan", RECIPE, *arguments])],
         stdout=stdout,
         stderr=subprocess.PIPE,
         env={**plain, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **environment},
@@ -253,6 +366,13 @@ def test_a_plan_from_the_cache_needs_no_torch_and_a_pipe_gets_no_colour() -> Non
     assert (process.returncode, err) == (0, b"")
     assert out.decode() == render(plan_of(True))
     assert ESCAPE not in out.decode()
+
+
+def test_a_report_needs_no_torch(saved: Path) -> None:
+    with start(["report", str(saved)], subprocess.PIPE) as process:
+        out, err = process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert out.decode() == render(plan_of(False))
 
 
 def test_a_terminal_gets_colour_and_its_own_width() -> None:

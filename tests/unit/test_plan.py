@@ -17,7 +17,7 @@ from oomph.core.forms import FormKey, Traced
 from oomph.core.plan import LOOPS_OVER_IMAGES, make_plan
 from oomph.errors import UserError
 from oomph.recipe import Recipe
-from oomph.records import Plan
+from oomph.records import Plan, StagePlan
 from oomph.units import GIB, MIB
 
 TOKENS, IMAGE_TOKENS = 1024, 576
@@ -58,7 +58,7 @@ def at_shape(form: ClosedForm, shape: tuple[int, ...]) -> ClosedForm:
         formula._replace(dimensions=tuple(Dimension(0, extent, 0) for extent in row[: len(formula.dimensions)]))
         for formula, row in zip(form.formulas, dimensions, strict=True)
     ]
-    return ClosedForm(**{**form.to_json(), "formulas": fixed})
+    return replace(form, formulas=fixed)
 
 
 @pytest.fixture
@@ -167,6 +167,63 @@ def test_a_pinned_micro_batch_stays(source: FakeSource, small_card: Callable[[in
     (stage,) = make_plan(recipe(micro_batch=8), source).stages
     assert stage.choice.micro_batch == 8
     assert not stage.prediction.fits
+
+
+# The ladder.
+
+
+def searched(source: FakeSource, wanted: Recipe, keep: Sequence[str] = ()) -> StagePlan:
+    (stage,) = make_plan(wanted, source, ladder=True, keep=keep).stages
+    return stage
+
+
+def test_without_a_search_there_is_no_ladder(source: FakeSource) -> None:
+    (stage,) = make_plan(recipe(), source).stages
+    assert (stage.ladder, stage.unpinned, stage.nearest, stage.search) == ((), None, None, None)
+    assert stage.speed is not None
+
+
+def test_a_search_takes_the_fastest_that_fits(source: FakeSource) -> None:
+    stage = searched(source, recipe())
+    first = stage.ladder[0]
+    assert (stage.choice, stage.prediction) == (first.choice, first.prediction)
+    assert stage.speed is not None
+    assert stage.speed.step_seconds == first.step_seconds
+    assert "fastest" in first.named
+    assert stage.reasons["micro_batch"] == "the fastest configuration that fits has it"
+    assert stage.reasons["checkpointing"] == "pinned by memory.checkpointing"
+    assert set(stage.reasons) >= set(vars(stage.choice))
+
+
+def test_where_the_pins_do_not_fit_the_plan_is_as_asked_and_the_ladder_says_what_would(
+    source: FakeSource, small_card: Callable[[int], Gpu]
+) -> None:
+    small_card(needs(source, 2))
+    stage = searched(source, recipe(micro_batch=8))
+    assert stage.choice.micro_batch == 8
+    assert not stage.prediction.fits
+    assert stage.ladder
+    assert all("micro_batch" in rung.changes and rung.prediction.fits for rung in stage.ladder)
+    stage = searched(source, recipe(micro_batch=8), ["micro_batch"])
+    assert not stage.ladder
+    assert stage.nearest is not None
+    assert stage.nearest.choice.micro_batch == 8
+
+
+def test_a_plan_with_its_ladder_survives_json(source: FakeSource, small_card: Callable[[int], Gpu]) -> None:
+    small_card(needs(source, 2))
+    for wanted in (recipe(), recipe(micro_batch=8)):
+        plan = make_plan(wanted, source, ladder=True)
+        assert plan.stages[0].ladder
+        assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_only_what_a_search_varies_can_be_kept(source: FakeSource) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(recipe(), source, ladder=True, keep=["precision", "micro_batch", "gpus"])
+    assert caught.value.problems == ["a search does not vary precision", "a search does not vary gpus"]
+    assert "micro_batch" in caught.value.hint
+    assert not source.asked
 
 
 # Stages.

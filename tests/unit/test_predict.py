@@ -15,7 +15,7 @@ from oomph.core.closed_form import ClosedForm
 from oomph.core.devices import Gpu, find_gpu, outside
 from oomph.core.events import Events, Kind, Segment
 from oomph.core.layout import Shape, compose, lay_out
-from oomph.core.predict import LARGEST, fits, leaves_out, owner, predict, usable_bytes
+from oomph.core.predict import LARGEST, leaves_out, owner, predict, serve, usable_bytes
 from oomph.records import Choice, Prediction, Request
 from oomph.units import GIB, MIB
 
@@ -129,7 +129,7 @@ def test_breakdowns_add_up_on_any_card(toy: ClosedForm, micro_batch: int, room: 
     request = found.failing_request
     total = found.allocated_peak_bytes if request is None else request.in_use_bytes
     assert sum(found.by_role.values()) == sum(found.by_module.values()) == total
-    assert found.fits == (request is None) == fits(laid(toy, wanted), wanted, card(room * MIB))
+    assert found.fits == (request is None) == (serve(laid(toy, wanted), wanted, card(room * MIB)).failure is None)
     assert found.fits or found.reserved_peak_bytes + LARGEST > room * MIB
     assert len(found.largest_requests) <= LARGEST
 
@@ -212,7 +212,7 @@ def test_an_evaluation_apart_has_the_verdict_of_the_run(toy: ClosedForm) -> None
     wanted = choice(1, eval_batch=4)
     run = compose(toy, Shape(1, TOKENS, 1), 2, Shape(4, TOKENS, 4))
     cards = [card(room * MIB) for room in range(60, 140, 4)]
-    verdicts = [fits(run, wanted, gpu) for gpu in cards]
+    verdicts = [serve(run, wanted, gpu).failure is None for gpu in cards]
     assert 0 < sum(verdicts) < len(verdicts)
     assert [apart(toy, wanted, gpu).fits for gpu in cards] == verdicts
 

@@ -71,7 +71,7 @@ def test_a_small_recipe_leaves_every_knob_to_the_planner(small: Recipe) -> None:
 
 
 def test_the_knobs_are_the_fields_of_a_choice() -> None:
-    assert set(KNOBS) == {field.name for field in fields(Choice)} - {"accumulation", "effective_batch", "gpus"}
+    assert set(KNOBS) == {field.name for field in fields(Choice)} - {"accumulation", "effective_batch", "gpus", "nodes"}
 
 
 def test_every_key_has_a_help_text() -> None:
@@ -113,9 +113,9 @@ def test_the_published_recipe_says_what_the_published_scripts_do() -> None:
 def test_a_stage_overrides_what_it_sets_and_nothing_else() -> None:
     recipe = load(PUBLISHED)
     align, finetune = stage_of(recipe, "align"), stage_of(recipe, "finetune")
-    assert data_of(recipe, align) == recipe.data.model_copy(update={"max_tokens": 55})
+    assert data_of(recipe, align) == recipe.data.model_copy(update={"max_tokens": 55, "samples": 558128})
     assert memory_of(recipe, align) == recipe.memory.model_copy(update={"micro_batch": 32})
-    assert data_of(recipe, finetune) == recipe.data
+    assert data_of(recipe, finetune) == recipe.data.model_copy(update={"samples": 964000})
     assert memory_of(recipe, finetune) == recipe.memory
 
 
@@ -164,7 +164,7 @@ BAD = [
     (TOKENS, "max_token: 512", "`data.max_tokens` is missing"),
     (NAME, "micro_batch: 4\nname: small", "`micro_batch`", "did you mean `memory.micro_batch`"),
     (GPUS, "  GPUS: 4", "`hardware.GPUS`", "did you mean `hardware.gpus`"),
-    (GPUS, "  zzz: 4", "`hardware.zzz`", "`hardware` has gpu, gpus and nodes"),
+    (GPUS, "  zzz: 4", "`hardware.zzz`", "`hardware` has gpu, gpus, nodes and network_gb_s"),
     (BATCH, "    efective_batch: 16", "did you mean `stages.tune.effective_batch`"),
     (BATCH, "    effective_batch: 0", "`stages.tune.effective_batch` must be at least 1, not 0"),
     (BATCH, "    effective_batch: -8", "`stages.tune.effective_batch` must be at least 1, not -8"),

@@ -12,12 +12,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oomph import records
-from oomph.records import Choice, FailingRequest, Footprint, PhasePeak, Plan, Prediction, Record, Request, StagePlan
+from oomph.records import (
+    Card,
+    Choice,
+    FailingRequest,
+    Fit,
+    Footprint,
+    Limit,
+    PhasePeak,
+    Plan,
+    Prediction,
+    Record,
+    Request,
+    Rung,
+    Search,
+    Speed,
+    StagePlan,
+    Suggestion,
+)
 
 PEAK = PhasePeak("backward", 3, 4)
 REQUEST: dict[str, Any] = dict(bytes=4, shape=(1,), dtype="float32", op="mm", module="head", phase="forward", role="logits")
 PREDICTION = Prediction(True, 3, 4, 1, 9, (PEAK,), {"weight": 3}, {"head": 3}, None, (Request(**REQUEST),), 0.01, ())
 STAGE = StagePlan("align", Choice(8, 2, 128, gpus=8), {"loss": "default"}, PREDICTION, 1, 2, 2623, 576, "phi-2")
+SPEED: dict[str, Any] = {
+    "step_seconds": 1.5,
+    "samples_per_second": 4.0,
+    "tokens_per_second": 80.0,
+    "flop_utilisation": 0.5,
+    "gpu_hours": None,
+    "seconds": {"compute": 1.5},
+}
 EXAMPLES: dict[type[Any], Any] = {
     Choice: STAGE.choice,
     Request: Request(**REQUEST),
@@ -26,6 +51,13 @@ EXAMPLES: dict[type[Any], Any] = {
     Footprint: Footprint(3, 4, (PEAK,)),
     Prediction: PREDICTION,
     StagePlan: STAGE,
+    Speed: Speed(**SPEED),
+    Rung: Rung(**SPEED, choice=STAGE.choice, prediction=PREDICTION, changes={"loss": "why"}, exact=True, exactness="the same"),
+    Suggestion: Suggestion("lora", "adapters alone", 1, 2, True, "arithmetic"),
+    Limit: Limit("micro_batch", 8, "samples", "9 do not fit"),
+    Card: Card("T4", STAGE.choice, 1, 2),
+    Fit: Fit((Card("T4", STAGE.choice, 1, 2),), (Limit("micro_batch", 8, "samples", ""),)),
+    Search: Search(4, 1, 1, 1),
     Plan: Plan("recipe.yaml", "A100-40GB", 8, (STAGE,), {"torch": "2.13.0"}),
 }
 

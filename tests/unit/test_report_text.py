@@ -14,15 +14,16 @@ from rich.cells import cell_len
 from oomph.records import Choice, FailingRequest, PhasePeak, Plan, Prediction, Request, StagePlan
 from oomph.report.lines import ascii_only, bar, clean, cut, kept, shorten, wrap
 from oomph.report.text import render
-from oomph.report.words import failure, operator, verdict
+from oomph.report.words import batch, failure, operator, verdict
 from oomph.units import GIB, MIB
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 ATTENTION = "model.language_model.layers.1.self_attn"
 
-CHOICE = Choice(4, 2, 16, 2, "blocks", "eager", "chunked", "bfloat16", "adamw-fused", "ddp", False, 4)
+CHOICE = Choice(4, 2, 16, gpus=2, checkpointing="blocks", attention="eager", loss="chunked", sharding="ddp", eval_batch=4)
+OFF = ("vision_checkpointing", "optimizer_offload", "master_weights")
 REASONS = {
-    **dict.fromkeys(("checkpointing", "precision", "optimizer", "sharding"), "pinned by memory"),
+    **dict.fromkeys(("checkpointing", "precision", "optimizer", "sharding", *OFF), "pinned by memory"),
     **dict.fromkeys(("expandable_segments", "eval_batch"), "pinned by stages.align.memory"),
     "effective_batch": "given by stages.align.effective_batch",
     "gpus": "given by hardware.gpus",
@@ -93,9 +94,10 @@ tiny on 2 × T4
   batch         micro-batch 4 × accumulation 2 × 2 GPUs = effective batch 16
   sample        4,096 tokens in the longest, 576 of them from images
   parameters    20.0 M of 3.00 B train
-  pinned        checkpointing blocks, attention eager, precision bfloat16,
-                  optimizer adamw-fused, sharding ddp, expandable segments off,
-                  eval batch 4
+  pinned        checkpointing blocks, vision checkpointing none,
+                  attention eager, precision bfloat16, optimizer adamw-fused,
+                  optimizer offload off, master weights off, sharding ddp,
+                  expandable segments off, eval batch 4
   chosen        micro-batch 4: the largest cut that fits: 8 does not fit on T4
                 loss chunked: the same loss without keeping the logits of all
                   tokens
@@ -149,9 +151,10 @@ tiny on 2 × T4
   batch         micro-batch 4 × accumulation 2 × 2 GPUs = effective batch 16
   sample        4,096 tokens in the longest, 576 of them from images
   parameters    20.0 M of 3.00 B train
-  pinned        checkpointing blocks, attention eager, precision bfloat16,
-                  optimizer adamw-fused, sharding ddp, expandable segments off,
-                  eval batch 4
+  pinned        checkpointing blocks, vision checkpointing none,
+                  attention eager, precision bfloat16, optimizer adamw-fused,
+                  optimizer offload off, master weights off, sharding ddp,
+                  expandable segments off, eval batch 4
   chosen        micro-batch 4: the largest cut that fits: 8 does not fit on T4
                 loss chunked: the same loss without keeping the logits of all
                   tokens
@@ -319,6 +322,27 @@ def test_the_failing_request_is_a_sentence(changes: dict[str, Any], sentence: st
     assert sentence in failure(stage("s", DOES_NOT_FIT, choice), request).replace(kept(" "), " ")
 
 
+@pytest.mark.parametrize(
+    ("knobs", "block", "recomputed"),
+    [
+        ({"checkpointing": "every-2"}, "model.layers.4.mlp", True),
+        ({"checkpointing": "every-2"}, "model.layers.5.mlp", False),
+        ({"checkpointing": "blocks-offload"}, "model.layers.5.mlp", True),
+        ({"checkpointing": "none"}, "model.layers.4.mlp", False),
+        ({"checkpointing": "blocks"}, "model.vision_tower.layers.4.mlp", False),
+        ({"checkpointing": "none", "vision_checkpointing": "blocks"}, "model.visual.blocks.4.mlp", True),
+    ],
+)
+def test_a_failing_block_is_recomputed_or_not(knobs: dict[str, Any], block: str, recomputed: bool) -> None:
+    text = failure(stage("s", DOES_NOT_FIT, dataclasses.replace(CHOICE, **knobs)), dataclasses.replace(FAILING, module=block))
+    assert text.startswith("The backward pass of recomputed block" if recomputed else "The backward pass asks")
+
+
+def test_machines_are_part_of_the_batch() -> None:
+    choice = Choice(2, 4, 512, gpus=64, nodes=8)
+    assert batch(choice) == "micro-batch 2 × accumulation 4 × 64 GPUs on 8 nodes = effective batch 512"
+
+
 def test_a_ragged_batch_is_no_product() -> None:
     ragged = dataclasses.replace(CHOICE, effective_batch=15)
     text = alone(stage("s", FITS, ragged))
@@ -338,6 +362,7 @@ def test_a_ragged_batch_is_no_product() -> None:
         ("transformers.grouped_mm_fallback.default", "grouped mm fallback"),
         ("zero.fp32_master", "ZeRO fp32 master"),
         ("ddp.bucket", "DDP bucket"),
+        ("fsdp2.all_gather", "FSDP2 all gather"),
         ("cublas (main thread)", "cuBLAS (main thread)"),
         ("load", "weights"),
         ("", ""),
@@ -363,6 +388,8 @@ def test_of_a_path_the_last_names_stay() -> None:
     assert shorten(ATTENTION, 10) == "…self_attn"
     assert shorten(ATTENTION, 6) == "…self…"
     assert shorten("lm_head", 6) == "lm_he…"
+    assert cut("\u5c42\u5c42", 3) == "\u5c42…"
+    assert cut("\u5c42\u5c42", 2) == "…"
     assert shorten("outside the model. A sentence", 12) == "outside the…"
 
 

@@ -8,13 +8,13 @@ of CUDA graphs, blocks used on a second stream (``record_stream``) and ``garbage
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from operator import itemgetter
 from typing import NamedTuple
 
-from oomph.core.events import Segment
+from oomph.core.events import Segment, by_stream
 from oomph.core.reserve import (
     DEFAULT_SETTINGS,
     MIN_BLOCK,
@@ -70,10 +70,15 @@ class OutOfMemory(Exception):
 
 
 class Storages:
-    """The storages of a timeline: bytes asked for, bytes of the smallest block, and the address of each live one."""
+    """The storages of a timeline: bytes asked for, bytes of the smallest block, and the address of each live one.
 
-    def __init__(self, sizes: Sequence[int], settings: AllocatorSettings = DEFAULT_SETTINGS) -> None:
-        self.sizes = sizes
+    `streams` has the CUDA streams of those that are not allocated on the stream of the run.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], settings: AllocatorSettings = DEFAULT_SETTINGS, streams: Mapping[int, int] | None = None
+    ) -> None:
+        self.sizes, self.streams = sizes, streams or {}
         self.rounded = list(map(rounded, sizes, repeat(settings.roundup_power2_divisions)))
         self.placed: dict[int, int] = {}
 
@@ -182,13 +187,13 @@ class Allocator(Reserve):
         self.reset_peaks()
 
     def run(self, timeline: Iterable[int], storages: Storages, trail: Trail, stream: int = 0) -> None:
-        """Runs events on one stream: ``s`` allocates storage ``s``, ``~s`` frees it.
+        """Runs events: ``s`` allocates storage ``s``, ``~s`` frees it.
 
         Args:
             timeline: the events.
             storages: the sizes, and the live storages, which the run updates.
             trail: takes an entry for every event. Events that it already holds count as the ones before these.
-            stream: the CUDA stream; each has pools of its own.
+            stream: the CUDA stream of storages that name none; each stream has pools of its own.
 
         Raises:
             OutOfMemory: in the event whose position is ``len(trail.allocated)``. It changed nothing but the cache, and
@@ -199,7 +204,8 @@ class Allocator(Reserve):
         self._trail = trail
         requested, untracked = storages.requested(), len(self._live) - storages.num_blocks()
         try:
-            self._run(timeline, storages, trail, self._pool(stream, True), self._pool(stream, False))
+            for events, own in by_stream(timeline, storages.streams, stream):
+                self._run(events, storages, trail, self._pool(own, True), self._pool(own, False))
         finally:
             self.requested += storages.requested() - requested
             self.peak_allocated = max(self.peak_allocated, max(trail.allocated, default=0))
@@ -335,10 +341,11 @@ def replay(
     segments: Sequence[Segment],
     allocator: Allocator,
     *,
+    streams: Mapping[int, int] | None = None,
     stop_on_failure: bool = True,
     points: int = 0,
 ) -> Replay:
-    """Runs all segments on the allocator's default stream.
+    """Runs all segments.
 
     A repetition that leaves the allocator, the storages and the phase exactly as they were before it is the last of its
     segment: all later ones would do the same again.
@@ -347,6 +354,7 @@ def replay(
         sizes: bytes of each storage; one of 0 bytes allocates nothing.
         segments: the timeline.
         allocator: a new one, as a rule. It is changed.
+        streams: the CUDA streams of the storages that are not allocated on the default one (`Events.streams`).
         stop_on_failure: whether the first failure ends the replay. Otherwise it lifts the capacity, and the replay goes
             on from there.
         points: the most points that the series may have; 0 for none.
@@ -355,7 +363,7 @@ def replay(
         KeyError: a storage is freed that is not alive.
         ValueError: a storage is allocated that is alive.
     """
-    storages, record = Storages(sizes, allocator.settings), _Record(allocator, points)
+    storages, record = Storages(sizes, allocator.settings, streams), _Record(allocator, points)
     for index, segment in enumerate(segments):
         for repetition in range(segment.repeat):
             phase, placed, state = record.phase, dict(storages.placed), allocator.state()

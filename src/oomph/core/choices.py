@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from oomph.errors import UserError
-from oomph.recipe import Data, Recipe, Stage, memory_of
+from oomph.recipe import Data, Hardware, Memory, Recipe, Stage, memory_of
 from oomph.records import Choice
 
 # The first with bfloat16 arithmetic (CUDA C++ Programming Guide, "Compute Capabilities"), and the first that
@@ -47,16 +48,16 @@ def resolve(
         UserError: pinned knobs exclude each other or the card, or the GPUs cannot share the effective batch.
     """
     memory, gpus = memory_of(recipe, stage), recipe.hardware.gpus
-    capability = _capability(gpu)
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    for knob, (automatic, reason) in _automatic(gpu.name, capability, gpus).items():
+    for knob, (automatic, reason) in _automatic(gpu.name, _capability(gpu), gpus).items():
         given = getattr(memory, knob)
         values[knob] = automatic if given == "auto" else given
         reasons[knob] = reason if given == "auto" else _pinned(stage, knob)
+    _follow(values, reasons, memory)
     pinned = None if memory.micro_batch == "auto" else memory.micro_batch
     exact = values["sharding"].startswith("zero")
-    problems = _impossible(values, gpu.name, capability, gpus)
+    problems = clashes(values, gpu, recipe.hardware)
     sharing = _unshareable(stage.effective_batch, gpus, pinned, exact)
     if problems or sharing:
         hint = _way_out(stage, gpus, exact) if sharing else "`auto` leaves a knob to the planner"
@@ -68,6 +69,7 @@ def resolve(
             accumulation=_ceil(_most(stage.effective_batch, gpus), micro_batch),
             effective_batch=stage.effective_batch,
             gpus=gpus,
+            nodes=recipe.hardware.nodes,
             eval_batch=_eval_batch(memory.eval_batch, micro_batch),
             **values,
         )
@@ -80,6 +82,17 @@ def resolve(
     return choice, reasons | _derived(choice, stage, memory.eval_batch)
 
 
+def reasons_for(choice: Choice, stage: Stage, recipe: Recipe, gpu: GpuLike) -> dict[str, str]:
+    """The sentences of `resolve` for a choice that a search has found."""
+    memory = memory_of(recipe, stage)
+    resolved, reasons = resolve(stage, recipe, gpu)
+    for knob in type(memory).model_fields:
+        free = getattr(memory, knob) == "auto" and knob != "eval_batch"
+        if free and (knob == "micro_batch" or getattr(choice, knob) != getattr(resolved, knob)):
+            reasons[knob] = "the fastest configuration that fits has it"
+    return reasons | _derived(choice, stage, memory.eval_batch)
+
+
 def micro_batch_candidates(per_gpu_samples: int) -> list[int]:
     """The micro-batches of every distinct cut of ``per_gpu_samples``, largest first: ceil(samples / accumulation)."""
     found: list[int] = []
@@ -89,6 +102,26 @@ def micro_batch_candidates(per_gpu_samples: int) -> list[int]:
         # The next smaller ceil(n / a) belongs to the smallest a with a · (m - 1) >= n.
         micro_batch = _ceil(per_gpu_samples, _ceil(per_gpu_samples, micro_batch - 1)) if micro_batch > 1 else 0
     return found
+
+
+def cuts(choice: Choice, sharding: str, every: bool = False) -> list[int]:
+    """The micro-batches into which a choice's effective batch can be cut under a sharding, largest first.
+
+    Args:
+        choice: for the effective batch and the GPUs.
+        sharding: ZeRO in DeepSpeed takes micro-batches of one size alone.
+        every: also those that take as many steps as a smaller one does.
+    """
+    most, exact = _most(choice.effective_batch, choice.gpus), sharding.startswith("zero")
+    found = range(most, 0, -1) if every else micro_batch_candidates(most)
+    return [cut for cut in found if _cuttable(choice.effective_batch, choice.gpus, cut, exact)]
+
+
+def with_micro_batch(choice: Choice, micro_batch: int, eval_batch: int | str) -> Choice:
+    """The choice with its batch cut otherwise; `eval_batch` is what the recipe says of it."""
+    most = _most(choice.effective_batch, choice.gpus)
+    evaluated = micro_batch if eval_batch == "auto" else choice.eval_batch
+    return replace(choice, micro_batch=micro_batch, accumulation=_ceil(most, micro_batch), eval_batch=evaluated)
 
 
 def micro_batch_sizes(choice: Choice) -> tuple[tuple[int, ...], ...]:
@@ -140,12 +173,15 @@ def _automatic(gpu: str, capability: tuple[int, int], gpus: int) -> dict[str, tu
         precision = ("float32", f"{card}, and bfloat16 needs 8.0")
     several = ("ddp", f"{gpus} GPUs, each with the whole model")
     return {
-        "checkpointing": ("blocks", "recomputing each block in backward gives the same gradients with the least memory"),
+        "checkpointing": ("blocks", "recomputing each block in backward gives the same gradients with little memory"),
+        "vision_checkpointing": ("blocks", "the vision tower as the language model"),
         "attention": ("sdpa", "the fused kernels that PyTorch picks keep no scores"),
         "loss": ("chunked", "the same loss without keeping the logits of all tokens"),
         "precision": precision,
         "optimizer": ("adamw-fused", "one kernel that makes no temporary copies"),
+        "optimizer_offload": (False, "the states of the optimizer stay on the GPU"),
         "sharding": several if gpus > 1 else ("none", "one GPU has nobody to share with"),
+        "master_weights": (False, "the optimizer updates the weights themselves"),
         "expandable_segments": (False, "PyTorch's default"),
     }
 
@@ -155,15 +191,27 @@ def _pinned(stage: Stage, knob: str) -> str:
     return f"pinned by {section}.{knob}"
 
 
-def _impossible(values: dict[str, Any], gpu: str, capability: tuple[int, int], gpus: int) -> list[str]:
-    """A sentence for every two settings that exclude each other."""
-    old = f"hardware.gpu {gpu}: its compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed"
-    sharding, attention, precision = values["sharding"], values["attention"], values["precision"]
-    problems = []
-    if sharding == "none" and gpus > 1:
-        problems.append(f"sharding none is not possible with hardware.gpus {gpus}: several GPUs take ddp or zero1 to zero3")
-    if sharding != "none" and gpus == 1:
-        problems.append(f"sharding {sharding} is not possible with hardware.gpus 1: it takes several GPUs")
+def _follow(values: dict[str, Any], reasons: dict[str, str], memory: Memory) -> None:
+    """Knobs left to us that follow from others, in place."""
+    zero = values["sharding"].startswith("zero") and values["precision"] == "bfloat16"
+    if memory.master_weights == "auto" and zero:
+        values["master_weights"], reasons["master_weights"] = True, f"sharding {values['sharding']} always has them"
+    if memory.vision_checkpointing == "auto" and values["checkpointing"] == "none":
+        values["vision_checkpointing"] = "none"
+
+
+def clashes(values: dict[str, Any], gpu: GpuLike, hardware: Hardware) -> list[str]:
+    """A sentence for every two settings that exclude each other; none where the knobs can stand together.
+
+    Args:
+        values: every memory knob but the batch sizes.
+        gpu: the card.
+        hardware: how many of them, on how many machines.
+    """
+    capability = _capability(gpu)
+    attention, precision = values["attention"], values["precision"]
+    old = f"hardware.gpu {gpu.name}: its compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed"
+    problems = _sharding_clashes(values["sharding"], hardware) + _state_clashes(values)
     if capability < _AMPERE:
         if precision == "bfloat16":
             problems.append(f"precision bfloat16 is not possible with {old}")
@@ -171,6 +219,30 @@ def _impossible(values: dict[str, Any], gpu: str, capability: tuple[int, int], g
             problems.append(f"attention flash is not possible with {old}")
     elif attention == "flash" and precision == "float32":
         problems.append("attention flash is not possible with precision float32: its kernels take 16-bit numbers alone")
+    return problems
+
+
+def _sharding_clashes(sharding: str, hardware: Hardware) -> list[str]:
+    gpus, nodes = hardware.gpus, hardware.nodes
+    if sharding == "none":
+        several = f"sharding none is not possible with hardware.gpus {gpus}: several GPUs take ddp, zero1 to zero3 or fsdp2"
+        return [several] if gpus > 1 else []
+    if gpus == 1:
+        return [f"sharding {sharding} is not possible with hardware.gpus 1: it takes several GPUs"]
+    if sharding == "fsdp2-hybrid" and nodes == 1:
+        return ["sharding fsdp2-hybrid is not possible with hardware.nodes 1: it divides within a node, over several"]
+    if sharding == "fsdp2-hybrid" and nodes == gpus:
+        return [f"sharding fsdp2-hybrid is not possible with hardware.nodes {nodes} for {gpus} GPUs: it takes several a node"]
+    return []
+
+
+def _state_clashes(values: dict[str, Any]) -> list[str]:
+    """Settings of the optimizer that its sharding or the precision excludes."""
+    sharding, problems = values["sharding"], []
+    if not values["master_weights"] and values["precision"] == "bfloat16" and sharding.startswith("zero"):
+        problems.append(f"master_weights false is not possible with sharding {sharding}: DeepSpeed always holds float32 copies")
+    if values["optimizer_offload"] and sharding.startswith("zero"):
+        problems.append(f"optimizer_offload true is not possible with sharding {sharding}: DeepSpeed's offload is not laid out")
     return problems
 
 
@@ -237,6 +309,7 @@ def _derived(choice: Choice, stage: Stage, eval_batch: int | str) -> dict[str, s
     return {
         "effective_batch": f"given by stages.{stage.name}.effective_batch",
         "gpus": "given by hardware.gpus",
+        "nodes": "given by hardware.nodes",
         "samples_per_gpu": f"{batch} samples over {gpus} GPU{'s' if gpus > 1 else ''}: {shares}",
         "accumulation": f"{most} samples of a GPU, {micro_batch} at a time, make {choice.accumulation}",
         "last_micro_batch": f"{last} sample{'s' if last > 1 else ''}" + ragged,

@@ -10,25 +10,45 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from oomph.core.dimensions import (
+    FEATURES,
+    LOSS_CHUNKS,
+    Dimension,
+    NotClosed,
+    feature_table,
+    features,
+    fit_dimension,
+    round_up,
+)
 from oomph.core.events import Kind
 from oomph.core.kernel_sizes import SIZES
-from oomph.core.trace import Parameter, Piece, Storage, Trace
+from oomph.core.trace import Parameter, Piece, Stack, Storage, Trace
 from oomph.core.unroll import Unrolled, unroll
+from oomph.core.work import Sample, Work, fit_work
 from oomph.errors import UserError
 
-LOSS_CHUNKS = 16
+__all__ = [
+    "FEATURES",
+    "LEAST_ROWS",
+    "LOSS_CHUNKS",
+    "ClosedForm",
+    "Dimension",
+    "Family",
+    "Formula",
+    "NotClosed",
+    "constant_form",
+    "features",
+    "fit",
+]
+
 _MOST_BYTES = 1 << 62
-
-
-class NotClosed(Exception):
-    """The model's sizes are not formulas of this kind; each shape has to be traced by itself."""
 
 
 class Family(NamedTuple):
@@ -55,7 +75,7 @@ class Family(NamedTuple):
         samples = (1, 1, 1) if self.one_sample else (2, 3, 5)
         per_sample = (2, 3, 4) if self.one_sample else (2, 3, 1)
         images = [abs(self.images) if self.images < 2 else b * n for b, n in zip(samples, per_sample, strict=True)]
-        room = max(_up(-(-n // b) * image_tokens, 128) for b, n in zip(samples, images, strict=True))
+        room = max(round_up(-(-n // b) * image_tokens, 128) for b, n in zip(samples, images, strict=True))
         return [(b, s + room, n) for b, s, n in zip(samples, (2049, 3201, 2621), images, strict=True)]
 
 
@@ -63,52 +83,11 @@ LEAST_ROWS = LOSS_CHUNKS * LOSS_CHUNKS
 """With fewer tokens in a micro-batch, the loss has fewer chunks than `LOSS_CHUNKS`, and no form is made."""
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def features(shape: Sequence[int], trained: int) -> dict[str, int]:
-    """What a dimension can be proportional to.
-
-    Args:
-        shape: (samples, tokens, images).
-        trained: how many parameters get a gradient, tensors and not elements.
-    """
-    samples, tokens, images = shape
-    rows = samples * tokens
-    chunk = -(-rows // LOSS_CHUNKS)
-    return {
-        "1": 1,
-        "samples": samples,
-        "tokens": tokens,
-        "images": images,
-        "samples*tokens": rows,
-        "samples*(tokens-1)": rows - samples,
-        "images/samples": images // samples if images % samples == 0 else 0,
-        **{f"ceil{n}(tokens)": _up(tokens, n) for n in (8, 16, 32, 64, 128)},
-        **{f"samples*ceil{n}(tokens)": samples * _up(tokens, n) for n in (8, 16, 32, 64, 128)},
-        "tokens²": tokens * tokens,
-        "samples*tokens²": rows * tokens,
-        "chunk": chunk,
-        "last chunk": rows - (LOSS_CHUNKS - 1) * chunk,
-        "trained": trained,
-    }
-
-
-FEATURES = tuple(features((2, 3, 4), 5))
 _CEIL8 = FEATURES.index("ceil8(tokens)")
 
 
 _PER_PARAMETER = {"aten.stack.default", "aten._foreach_norm.Scalar:output_per_tensor"}
 """Operators of the optimizer whose output has a row for each gradient, where their norm is computed."""
-
-
-class Dimension(NamedTuple):
-    """`factor` times a feature (its number in `FEATURES`) plus `offset`."""
-
-    feature: int
-    factor: int
-    offset: int
 
 
 class Formula(NamedTuple):
@@ -123,7 +102,8 @@ class Formula(NamedTuple):
 class ClosedForm:
     """The whole model's step: formulas, storages as columns that refer to them, and the timeline.
 
-    `formula`, `kind`, `layer` and `parameter` have one entry for each storage; -1 stands for none.
+    `formula`, `kind`, `layer` and `parameter` have one entry for each storage; -1 stands for none. `work` is what the step
+    computes and moves.
     """
 
     formulas: list[Formula] = field(default_factory=list)
@@ -137,6 +117,7 @@ class ClosedForm:
     marks: list[tuple[int, str]] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
     unclassified: list[str] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
 
     @property
     def pads_masks(self) -> bool:
@@ -222,7 +203,7 @@ class ClosedForm:
 
     def to_json(self) -> dict[str, Any]:
         """The form as plain JSON values."""
-        return {column.name: getattr(self, column.name) for column in fields(self)}
+        return {column.name: getattr(self, column.name) for column in fields(self)} | {"work": self.work.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ClosedForm:
@@ -237,6 +218,7 @@ class ClosedForm:
             "pieces": [Piece(*piece) for piece in data["pieces"]],
             "marks": [(int(at), str(phase)) for at, phase in data["marks"]],
             "parameters": [Parameter(p[0], tuple(p[1]), *p[2:]) for p in data["parameters"]],
+            "work": Work.from_json(data["work"]),
         }
         return cls(**{**data, **made})
 
@@ -261,8 +243,7 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
     for _, other in traces[1:]:
         if other.skeleton() != first.skeleton():
             raise NotClosed("the operators depend on the shape")
-    values = [features(shape, _trained(trace)) for shape, trace in traces]
-    table = [list(column) for column in zip(*(v.values() for v in values), strict=True)]
+    table = feature_table([(shape, _trained(trace)) for shape, trace in traces])
     rows = zip(*(trace.storages for _, trace in traces), strict=True)
     found: dict[Any, Formula] = {}
     formulas = []
@@ -274,7 +255,19 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
     form = _assemble(first, unroll(first), formulas)
     if check is not None:
         _check(first, formulas, check)
+    form.work = _fit_work(traces, check, form.trained)
     return form
+
+
+def _fit_work(
+    traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int], Trace] | None, trained: int
+) -> Work:
+    first = traces[0][1]
+    made = [Sample(shape, _trained(trace), trace.operations) for shape, trace in traces]
+    if check is None:
+        return fit_work(made, first.stacks, trained, None)
+    shape, trace = check
+    return fit_work(made, first.stacks, trained, (Sample(shape, _trained(trace), trace.operations), _as_deep(first, trace)))
 
 
 def _trained(trace: Trace) -> int:
@@ -294,7 +287,7 @@ def _check(first: Trace, formulas: list[Formula], check: tuple[Sequence[int], Tr
             raise NotClosed(f"{storage.kind.op} in {storage.kind.module} has {storage.nbytes} bytes, not {sizes[formula]}")
 
 
-def _as_deep(first: Trace, trace: Trace) -> list[Any]:
+def _as_deep(first: Trace, trace: Trace) -> list[Stack]:
     return [
         shallow._replace(full_units=(deep.layers - shallow.prefix - shallow.suffix) // shallow.unit)
         if shallow.units < shallow.full_units
@@ -329,34 +322,14 @@ def constant_form(trace: Trace) -> ClosedForm:
 
 def _formula(row: Sequence[Storage], table: list[list[int]]) -> Formula:
     first = row[0]
+    per_parameter = first.kind.op in _PER_PARAMETER and first.kind.phase == "optimizer"
+
+    def fitted(columns: Iterable[tuple[int, ...]]) -> tuple[Dimension, ...]:
+        what = f"{first.kind.op} in {first.kind.module}"
+        return tuple(fit_dimension(column, table, per_parameter, what) for column in columns)
+
     if first.size:
-        arguments = zip(*(s.arguments for s in row), strict=True)
-        return Formula(tuple(_dimension(column, table, first) for column in arguments), 1, first.size)
+        return Formula(fitted(zip(*(s.arguments for s in row), strict=True)), 1, first.size)
     if all(s.nbytes == math.prod(s.shape) * s.itemsize for s in row):
-        columns = zip(*(s.shape for s in row), strict=True)
-    else:
-        columns = zip(*((s.nbytes // s.itemsize,) for s in row), strict=True)
-    return Formula(tuple(_dimension(column, table, first) for column in columns), first.itemsize)
-
-
-def _dimension(values: tuple[int, ...], table: list[list[int]], storage: Storage) -> Dimension:
-    """The simplest formula through the values: the smallest offset, and of those the first feature."""
-    trained = FEATURES.index("trained")
-    rows = storage.kind.op in _PER_PARAMETER and storage.kind.phase == "optimizer"
-    if rows and all(v % n == 0 for v, n in zip(values, table[trained], strict=True)):
-        return Dimension(trained, values[0] // table[trained][0], 0)
-    if len(set(values)) == 1:
-        return Dimension(0, values[0], 0)
-    best: Dimension | None = None
-    for number, column in enumerate(table[:trained]):
-        if len(set(column)) == 1 or 0 in column:
-            continue
-        factor, rest = divmod(values[0] - values[1], column[0] - column[1])
-        offset = values[0] - factor * column[0]
-        if rest or factor < 1 or any(factor * x + offset != v for x, v in zip(column, values, strict=True)):
-            continue
-        if best is None or abs(offset) < abs(best.offset):
-            best = Dimension(number, factor, offset)
-    if best is None:
-        raise NotClosed(f"{storage.kind.op} in {storage.kind.module} has a dimension of {values}")
-    return best
+        return Formula(fitted(zip(*(s.shape for s in row), strict=True)), first.itemsize)
+    return Formula(fitted(zip(*((s.nbytes // s.itemsize,) for s in row), strict=True)), first.itemsize)

@@ -7,7 +7,7 @@ the micro-batches after the first do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,9 +34,28 @@ class Segment:
     repeat: int = 1
 
 
+def by_stream(timeline: Iterable[int], streams: Mapping[int, int], default: int = 0) -> Iterator[tuple[Iterable[int], int]]:
+    """The timeline cut into stretches of one stream, each with its stream; the storages not in `streams` are on `default`."""
+    if not streams:
+        yield timeline, default
+        return
+    entries = list(timeline)
+    others = {entry: stream for storage, stream in streams.items() for entry in (storage, ~storage)}
+    start = 0
+    for position in [position for position, entry in enumerate(entries) if entry in others]:
+        yield entries[start:position], default
+        yield entries[position : position + 1], others[entries[position]]
+        start = position + 1
+    yield entries[start:], default
+
+
 @dataclass
 class Events:
-    """The storages of one rank as columns, and the segments that allocate and free them."""
+    """The storages of one rank as columns, and the segments that allocate and free them.
+
+    `streams` has the CUDA stream of storages that are not allocated on the default one, which is 0. A stream's blocks come
+    from pools of its own.
+    """
 
     sizes: list[int] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -44,15 +63,21 @@ class Events:
     layers: list[int] = field(default_factory=list)
     parameters: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+    streams: dict[int, int] = field(default_factory=dict)
 
-    def add(self, nbytes: int, shape: tuple[int, ...], kind: Kind, layer: int = -1, parameter: int = -1) -> int:
+    def add(
+        self, nbytes: int, shape: tuple[int, ...], kind: Kind, layer: int = -1, parameter: int = -1, stream: int = 0
+    ) -> int:
         """A new storage; returns its number. ``layer`` and ``parameter`` are -1 where there is none."""
         self.sizes.append(nbytes)
         self.shapes.append(shape)
         self.kinds.append(kind)
         self.layers.append(layer)
         self.parameters.append(parameter)
-        return len(self.sizes) - 1
+        number = len(self.sizes) - 1
+        if stream:
+            self.streams[number] = stream
+        return number
 
     def module(self, storage: int) -> str:
         """The path of the module that asked for the storage, with the layer's number."""

@@ -43,6 +43,7 @@ class FormKey(Record):
     loss: str
     optimizer: str
     checkpointing: str
+    vision_checkpointing: str
     precision: str
     capability: tuple[int, ...]
     image_size: tuple[int, ...]

@@ -9,6 +9,8 @@ import numpy as np
 
 from oomph.core.closed_form import ClosedForm
 from oomph.core.events import Events, Segment
+from oomph.core.masters import add_masters
+from oomph.core.offload import offload_optimizer
 from oomph.core.sharding import shard
 from oomph.records import Choice
 
@@ -38,7 +40,9 @@ def lay_out(
     """
     shape = Shape(choice.micro_batch, tokens, choice.micro_batch * images_per_sample)
     evaluated = evaluation_shape(choice, tokens, images_per_sample)
-    return shard(compose(form, shape, choice.accumulation, evaluated, evaluation), form.parameters, choice)
+    events = shard(compose(form, shape, choice.accumulation, evaluated, evaluation), form.parameters, choice)
+    events = add_masters(events, form.parameters, choice)
+    return offload_optimizer(events) if choice.optimizer_offload else events
 
 
 def evaluation_shape(choice: Choice, tokens: int, images_per_sample: int) -> Shape | None:

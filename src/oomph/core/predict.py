@@ -5,17 +5,22 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from typing import Literal
 
 from oomph.core.allocator import Allocator, AllocatorSettings, Replay, replay
 from oomph.core.devices import Gpu, outside
 from oomph.core.events import Events, Kind
 from oomph.records import Choice, FailingRequest, PhasePeak, Prediction
 
+Lack = Literal["bytes", "pieces"]
+"""What a card lacks: bytes, or bytes in one piece, which other settings of the allocator may find."""
 LARGEST = 8
 CONVOLUTION = "aten.convolution.default"
 
 
-def predict(events: Events, choice: Choice, gpu: Gpu, unclassified: Collection[str]) -> Prediction:
+def predict(
+    events: Events, choice: Choice, gpu: Gpu, unclassified: Collection[str], result: Replay | None = None
+) -> Prediction:
     """What one rank needs of a card, and whether it fits.
 
     Args:
@@ -23,9 +28,10 @@ def predict(events: Events, choice: Choice, gpu: Gpu, unclassified: Collection[s
         choice: for the allocator's settings and the number of GPUs.
         gpu: the card.
         unclassified: operators whose CUDA kernels nobody has looked at.
+        result: what `serve` gave of the same events, where it is known.
     """
     beside, usable = outside(gpu, choice.gpus), usable_bytes(choice, gpu)
-    result = _replay(events, choice, usable)
+    result = result or serve(events, choice, gpu)
     whole = result if result.failure is None else _replay(events, choice, None)
     phases, evaluated = _split(whole.phases)
     return Prediction(
@@ -51,14 +57,28 @@ def usable_bytes(choice: Choice, gpu: Gpu) -> int:
     return gpu.memory_bytes - outside(gpu, choice.gpus).bytes
 
 
-def fits(events: Events, choice: Choice, gpu: Gpu) -> bool:
-    """Whether the events can be served on the card."""
-    return _replay(events, choice, usable_bytes(choice, gpu)).failure is None
+def serve(events: Events, choice: Choice, gpu: Gpu) -> Replay:
+    """The replay on the card's memory, which ends where a request cannot be served."""
+    return _replay(events, choice, usable_bytes(choice, gpu))
+
+
+def surely(prediction: Prediction) -> bool:
+    """Whether what is reserved leaves room for the error bound, so that the allocator need not give segments back."""
+    bound = prediction.error_bound * prediction.allocated_peak_bytes
+    return prediction.fits and prediction.reserved_peak_bytes + bound <= prediction.usable_bytes
+
+
+def lack(events: Events, result: Replay, usable: int) -> Lack | None:
+    """What the card lacked in a replay; None where it lacked nothing."""
+    if result.failure is None:
+        return None
+    return "bytes" if result.failure.allocated + events.sizes[result.failure.storage] > usable else "pieces"
 
 
 def _replay(events: Events, choice: Choice, capacity_bytes: int | None) -> Replay:
     settings = AllocatorSettings(expandable_segments=choice.expandable_segments)
-    return replay(events.sizes, events.segments, Allocator(capacity_bytes=capacity_bytes, settings=settings))
+    allocator = Allocator(capacity_bytes=capacity_bytes, settings=settings)
+    return replay(events.sizes, events.segments, allocator, streams=events.streams)
 
 
 def owner(kind: Kind) -> str:
@@ -75,7 +95,7 @@ def owner(kind: Kind) -> str:
     return ".".join(kind.module.split(".")[:3])
 
 
-_LIBRARIES = {"zero": "DeepSpeed's ZeRO", "ddp": "DistributedDataParallel"}
+_LIBRARIES = {"zero": "DeepSpeed's ZeRO", "ddp": "DistributedDataParallel", "fsdp2": "fully_shard"}
 
 
 def _split(phases: tuple[PhasePeak, ...]) -> tuple[tuple[PhasePeak, ...], PhasePeak | None]:

@@ -77,6 +77,16 @@ class ZeroSettings:
         return 10 * hidden_size(parameters) if self.persistence_elements is None else self.persistence_elements
 
 
+@dataclass(frozen=True)
+class FsdpSettings:
+    """Which rank of those that share a copy of the model is laid out under FSDP2.
+
+    The first has the most: chunks are rounded up, and the last ranks get what is left.
+    """
+
+    rank: int = 0
+
+
 def hidden_size(parameters: Sequence[Parameter]) -> int:
     """The hidden size, read off the embedding: the second dimension of the matrix with the most rows.
 
@@ -145,13 +155,14 @@ class Edit:
     def result(self, repeat: int | None = None) -> Segment:
         """The edited segment."""
         timeline: list[int] = []
-        moved: list[int] = []
-        for position in range(self.end + 1):
+        moved: dict[int, int] = {}
+        start = 0
+        for position in sorted({self.end, *self._before, *self._after, *self._dropped, *(at for at, _ in self._segment.marks)}):
+            timeline += self.timeline[start:position]
             timeline += self._before.get(position, ())
-            moved.append(len(timeline))
+            moved[position] = len(timeline)
             timeline += self._after.get(position, ())
-            if position < self.end and position not in self._dropped:
-                timeline.append(self.timeline[position])
+            start = position + (position in self._dropped)
         marks = tuple((moved[position], phase) for position, phase in self._segment.marks)
         return Segment(self._segment.name, timeline, marks, self._segment.repeat if repeat is None else repeat)
 
@@ -218,7 +229,14 @@ def arrivals(events: Events, timeline: Sequence[int], parameters: Sequence[Param
 
 def copied(events: Events) -> Events:
     """The same storages in columns of their own, and no segment."""
-    return Events(list(events.sizes), list(events.shapes), list(events.kinds), list(events.layers), list(events.parameters), [])
+    return Events(
+        sizes=list(events.sizes),
+        shapes=list(events.shapes),
+        kinds=list(events.kinds),
+        layers=list(events.layers),
+        parameters=list(events.parameters),
+        streams=dict(events.streams),
+    )
 
 
 def part(segment: Segment) -> str:
@@ -242,14 +260,26 @@ class Storages:
 
     def __init__(self, events: Events) -> None:
         self._events = events
-        self._known: dict[tuple[int, Kind, object], int] = {}
+        self._known: dict[tuple[object, ...], int] = {}
 
-    def get(self, op: str, elements: int, dtype: str, role: str, phase: str, module: str = "", key: object = None) -> int:
+    def get(
+        self,
+        op: str,
+        elements: int,
+        dtype: str,
+        role: str,
+        phase: str,
+        module: str = "",
+        key: object = None,
+        layer: int = -1,
+        stream: int = 0,
+    ) -> int:
         """The storage of a flat tensor; equal arguments give the same number."""
         kind = Kind(op, module, phase, role, dtype)
-        known = (elements, kind, key)
+        known = (elements, kind, key, layer, stream)
         if known not in self._known:
-            self._known[known] = self._events.add(elements * ITEM_BYTES[dtype], (elements,), kind)
+            nbytes = elements * ITEM_BYTES[dtype]
+            self._known[known] = self._events.add(nbytes, (elements,), kind, layer, stream=stream)
         return self._known[known]
 
     def moment(self, op: str, elements: int, dtype: str, role: str, phase: str) -> list[int]:

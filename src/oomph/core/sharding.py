@@ -1,4 +1,4 @@
-"""The events of one rank: what a single GPU's training step becomes under DDP and ZeRO.
+"""The events of one rank: what a single GPU's training step becomes under DDP, FSDP2 and ZeRO.
 
 ``shard`` takes the events of one GPU and returns those of one of several ranks. The input has the segments ``load``,
 ``warmup/first``, ``warmup/next``, ``warmup/optimizer``, ``step/first``, ``step/next`` and ``step/optimizer``; ``next`` is
@@ -15,20 +15,24 @@ DDP is that of torch 2.13 (``torch/nn/parallel/distributed.py``, ``torch/csrc/di
   ``gradient_as_bucket_view`` a gradient is freed when its hook has copied it into its bucket in the last micro-batch.
 
 Left out of DDP: the flat copies in which the model's buffers are broadcast, the map of unused parameters.
-ZeRO is in ``oomph.core.zero`` (stages 1 and 2) and ``oomph.core.zero3``, which say what they model and approximate.
+FSDP2 is in ``oomph.core.fsdp``, ZeRO in ``oomph.core.zero`` (stages 1 and 2) and ``oomph.core.zero3``; they say what they
+model and approximate.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from oomph.core.events import Events, Segment
+from oomph.core.fsdp import fsdp_static, ranks_of_a_shard, shard_fsdp
+from oomph.core.masters import master_bytes
 from oomph.core.ranks import (
     STEP_COUNTER,
     DdpSettings,
     Edit,
+    FsdpSettings,
     Storages,
     ZeroSettings,
     arrivals,
@@ -45,15 +49,23 @@ from oomph.units import MIB
 
 _BROADCAST_BYTES: Final = 250 * MIB
 
-__all__ = ["DdpSettings", "Parameter", "ZeroSettings", "ddp_buckets", "hidden_size", "shard", "static_bytes"]
+Settings = ZeroSettings | DdpSettings | FsdpSettings
+"""What a sharding leaves to settle beside the Choice."""
+
+__all__ = [
+    "DdpSettings",
+    "FsdpSettings",
+    "Parameter",
+    "Settings",
+    "ZeroSettings",
+    "ddp_buckets",
+    "hidden_size",
+    "shard",
+    "static_bytes",
+]
 
 
-def shard(
-    events: Events,
-    parameters: Sequence[Parameter],
-    choice: Choice,
-    settings: ZeroSettings | DdpSettings | None = None,
-) -> Events:
+def shard(events: Events, parameters: Sequence[Parameter], choice: Choice, settings: Settings | None = None) -> Events:
     """The events of one rank under `choice.sharding` over `choice.gpus` ranks; the input is not changed.
 
     Args:
@@ -71,37 +83,61 @@ def shard(
     _check(parameters, choice, settings)
     if choice.sharding == "ddp":
         return _Ddp(events, parameters, _ddp_settings(settings)).run()
+    if choice.sharding.startswith("fsdp2"):
+        return shard_fsdp(events, parameters, choice, _fsdp_settings(settings))
     run = shard_zero3 if choice.sharding == "zero3" else shard_zero
     return run(events, parameters, choice, _zero_settings(settings))
 
 
 def static_bytes(
-    parameters: Sequence[Parameter], choice: Choice, settings: ZeroSettings | DdpSettings | None = None
+    parameters: Sequence[Parameter],
+    choice: Choice,
+    settings: Settings | None = None,
+    reached: Collection[int] | None = None,
 ) -> dict[str, int]:
     """Resident bytes of one rank by role: what is alive when the optimizer's step begins, in closed arithmetic.
 
     Keys are ``weight``, ``gradient``, ``optimizer`` (master weights, moments, step counters on the GPU) and
     ``communication`` (buckets, gathered weights that persist). Buffers of the model, activations, library workspaces and
-    gathered weights that stage 3 happens not to have released are not counted.
-    Without sharding and under DDP the moments have the parameters' dtype, as AdamW makes them.
+    gathered weights that stage 3 happens not to have released are not counted, so no layout keeps less.
+    Without sharding and under DDP, unless there are master weights, the moments have the parameters' dtype, as AdamW makes
+    them.
+
+    Args:
+        parameters: in model order, each once.
+        choice: the sharding, the number of ranks, the optimizer.
+        settings: of the sharding chosen; its defaults where None.
+        reached: indices of the trained parameters that get a gradient; all of them where None. AdamW makes no states for
+            the others, a trained layer for instance whose output nothing uses.
 
     Raises:
         UserError: as `shard` does.
     """
     if choice.sharding != "none":
         _check(parameters, choice, settings)
+    got = {index for index, parameter in enumerate(parameters) if parameter.trainable}
+    if reached is not None:
+        got &= set(reached)
     if choice.sharding in ("zero1", "zero2"):
-        return zero_static(parameters, choice, _zero_settings(settings))
+        kept = zero_static(parameters, choice, _zero_settings(settings))
+        whole = {"gradient": sum(parameters[index].nbytes for index in got)}
+        return kept | whole if choice.sharding == "zero1" else kept
     if choice.sharding == "zero3":
         return zero3_static(parameters, choice, _zero_settings(settings))
-    trained = [parameter.nbytes for parameter in parameters if parameter.trainable]
-    views = choice.sharding == "ddp" and _ddp_settings(settings).gradient_as_bucket_view
-    counters = STEP_COUNTER * len(trained) if choice.optimizer == "adamw-fused" else 0
+    if choice.sharding.startswith("fsdp2"):
+        return fsdp_static(parameters, choice, _fsdp_settings(settings), got)
+    gradients = [parameters[index].nbytes for index in got]
+    ddp = _ddp_settings(settings) if choice.sharding == "ddp" else None
+    counters = STEP_COUNTER * len(gradients) if choice.optimizer == "adamw-fused" else 0
+    states = master_bytes(parameters, choice) if choice.master_weights else 2 * sum(gradients) + counters
+    buckets = sum(gradients)
+    if ddp is not None and ddp.find_unused_parameters:
+        buckets = sum(parameter.nbytes for parameter in parameters if parameter.trainable)
     return {
         "weight": sum(parameter.nbytes for parameter in parameters),
-        "gradient": 0 if views else sum(trained),
-        "optimizer": 2 * sum(trained) + counters,
-        "communication": sum(trained) if choice.sharding == "ddp" else 0,
+        "gradient": 0 if ddp is not None and ddp.gradient_as_bucket_view else sum(gradients),
+        "optimizer": 0 if choice.optimizer_offload else states,
+        "communication": 0 if ddp is None else buckets,
     }
 
 
@@ -132,24 +168,36 @@ def ddp_buckets(parameters: Sequence[Parameter], order: Sequence[int], limits: S
     return closed + [bucket for bucket in waiting.values() if bucket]
 
 
-def _ddp_settings(settings: ZeroSettings | DdpSettings | None) -> DdpSettings:
-    if isinstance(settings, ZeroSettings):
+def _ddp_settings(settings: Settings | None) -> DdpSettings:
+    if isinstance(settings, ZeroSettings | FsdpSettings):
         raise TypeError("DDP is laid out with DdpSettings")
     return settings or DdpSettings()
 
 
-def _zero_settings(settings: ZeroSettings | DdpSettings | None) -> ZeroSettings:
-    if isinstance(settings, DdpSettings):
+def _fsdp_settings(settings: Settings | None) -> FsdpSettings:
+    if isinstance(settings, ZeroSettings | DdpSettings):
+        raise TypeError("FSDP2 is laid out with FsdpSettings")
+    return settings or FsdpSettings()
+
+
+def _zero_settings(settings: Settings | None) -> ZeroSettings:
+    if isinstance(settings, DdpSettings | FsdpSettings):
         raise TypeError("ZeRO is laid out with ZeroSettings")
     return settings or ZeroSettings()
 
 
-def _check(parameters: Sequence[Parameter], choice: Choice, settings: ZeroSettings | DdpSettings | None) -> None:
+def _check(parameters: Sequence[Parameter], choice: Choice, settings: Settings | None) -> None:
     problems, hints = [], []
-    name = choice.sharding
+    name, ranks = choice.sharding, choice.gpus
     if choice.gpus < 2:
         problems.append(f"sharding {name} spreads the model over several GPUs, but gpus is {choice.gpus}")
         hints.append("ask for 2 GPUs or more, or for sharding none")
+    elif name == "fsdp2-hybrid":
+        ranks = ranks_of_a_shard(choice)
+        if choice.nodes < 2 or ranks < 2 or choice.gpus % choice.nodes:
+            given = f"gpus is {choice.gpus} and nodes is {choice.nodes}"
+            problems.append(f"sharding {name} takes several nodes of several GPUs each, but {given}")
+            hints.append("ask for fsdp2, which divides over all GPUs wherever they are")
     unknown = sorted({parameter.dtype for parameter in parameters if parameter.dtype not in ITEM_BYTES})
     if unknown:
         problems.append(f"the size of a parameter is unknown for dtype {', '.join(unknown)}")
@@ -159,11 +207,15 @@ def _check(parameters: Sequence[Parameter], choice: Choice, settings: ZeroSettin
         hints.append("train at least one part of the model")
     if name != "ddp" and len(trained) > 1:
         dtypes = ", ".join(sorted(trained))
-        problems.append(f"sharding {name} puts the trained parameters into one flat buffer, but their dtypes are {dtypes}")
+        problems.append(f"sharding {name} reduces trained parameters together, but their dtypes are {dtypes}")
         hints.append("train all parameters in one dtype, or use ddp")
-    rank = settings.rank if isinstance(settings, ZeroSettings) else None
-    if rank is not None and not 0 <= rank < max(choice.gpus, 1):
-        problems.append(f"rank {rank} is not one of the {choice.gpus} ranks, which count from 0")
+    scalars = [parameter.name for parameter in parameters if not parameter.shape]
+    if name.startswith("fsdp2") and scalars:
+        problems.append(f"sharding {name} cuts parameters along a dimension, and {', '.join(scalars)} has none")
+        hints.append("use ddp")
+    rank = None if settings is None or isinstance(settings, DdpSettings) else settings.rank
+    if rank is not None and not 0 <= rank < max(ranks, 1):
+        problems.append(f"rank {rank} is not one of the {ranks} ranks, which count from 0")
     if problems:
         raise UserError(problems, "; ".join(hints))
 

@@ -95,6 +95,33 @@ class Storage(NamedTuple):
     arguments: tuple[int, ...] = ()
 
 
+class Operation(NamedTuple):
+    """An operator of the traced step that launches kernels.
+
+    `flops` and `traffic` are sums of products: each inner tuple is one product. Only products of matrices, convolutions
+    and attention count as floating-point operations, two for each multiplication.
+
+    Attributes:
+        piece: the piece of the timeline in which it runs.
+        phase: as a storage's.
+        name: of the operator.
+        dtype: in which it computes.
+        place: where in the model it runs.
+        launches: of kernels; 0 where it is a part of an operator that is counted elsewhere.
+        flops: floating-point operations.
+        traffic: bytes read and written.
+    """
+
+    piece: str
+    phase: str
+    name: str
+    dtype: str
+    place: int
+    launches: int
+    flops: tuple[tuple[int, ...], ...]
+    traffic: tuple[tuple[int, ...], ...]
+
+
 class Stack(NamedTuple):
     """A stack of layers in the model, some of whose equal units were left out of the trace.
 
@@ -140,8 +167,9 @@ class Trace:
     stacks: list[Stack] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
     unclassified: set[str] = field(default_factory=set)
+    operations: list[Operation] = field(default_factory=list)
 
     def skeleton(self) -> tuple[object, ...]:
-        """What must be equal for two shapes to share a closed form: everything but the sizes."""
+        """What must be equal for two shapes to share a closed form: everything but sizes and operations."""
         kinds = [(s.kind, s.home, s.parameter, len(s.shape), s.itemsize, s.size, len(s.arguments)) for s in self.storages]
         return kinds, self.timeline, self.places, self.pieces, self.marks

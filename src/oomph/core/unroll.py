@@ -58,6 +58,12 @@ class _Slot(NamedTuple):
     birth: int
 
 
+def repeats(stacks: list[Stack], where: int) -> int:
+    """How often what happened at a place of the trace happens in the model at its full depth."""
+    number, unit = _unit(stacks, where)
+    return stacks[number].full_units - UNITS + 1 if unit == TEMPLATE else 1
+
+
 def unroll(trace: Trace) -> Unrolled:
     """The trace of the model at its full depth.
 

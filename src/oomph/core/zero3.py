@@ -78,7 +78,8 @@ def zero3_static(parameters: Sequence[Parameter], choice: Choice, settings: Zero
     world = choice.gpus
     trained = [parameter for parameter in parameters if parameter.trainable]
     pieces = sum(piece(parameter, world) for parameter in trained)
-    persistent = [parameter for parameter in parameters if parameter.numel <= settings.persistence(parameters)]
+    threshold = settings.persistence(parameters)
+    persistent = [parameter for parameter in parameters if parameter.numel <= threshold]
     counters = len(sub_groups(parameters, world, settings)) if choice.optimizer == "adamw-fused" else 0
     return {
         "weight": sum(piece(parameter, world) * parameter.itemsize for parameter in parameters),

@@ -9,6 +9,7 @@
 * transformers looks in the position ids for several sequences packed in one row; a real run with plain positions finds
   none and drops the mask, but with fake tensors, which it takes for a graph capture, it keeps one.
 * AdamW reads its step counter, which lives on the CPU.
+* A list of a tensor's values is read at once, as a copy from the GPU would.
 """
 
 from __future__ import annotations
@@ -119,9 +120,18 @@ def answering() -> Iterator[None]:
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", VIEWS),
         mock.patch.object(masking, "find_packed_sequence_indices", none_packed),
         mock.patch.object(adam, "_get_value", lambda x: 1.0 if isinstance(x, Tensor) else value(x)),
+        mock.patch.object(FakeTensor, "tolist", _as_list),
         _real_helpers(),
     ):
         yield
+
+
+_one_by_one = FakeTensor.tolist
+
+
+def _as_list(fake: FakeTensor) -> Any:
+    """``tolist``, which copies the values once where they are known, and does not make a tensor of each."""
+    return _one_by_one(fake) if fake.constant is None else really_run(fake.constant.tolist, (), {})
 
 
 @contextmanager

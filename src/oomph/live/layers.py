@@ -9,7 +9,6 @@ from torch import nn
 
 from oomph.core.trace import NOWHERE, Stack, place
 
-TRACED_UNITS = 5
 MAX_UNIT = 8
 
 
@@ -29,15 +28,18 @@ def find_stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return stacks
 
 
-def shorten(model: nn.Module, units: int = TRACED_UNITS) -> list[Stack]:
+def shorten(model: nn.Module, units: int) -> list[Stack]:
     """Drops the last repetitions of equal layers from every stack, in place, and says what was dropped.
 
-    Layers are equal when their modules' classes, parameter shapes and scalar settings are. Only layers at the end of the
-    repetition go, so that a forward that looks a layer up by its number finds the same kind of layer there.
+    Layers are equal when their modules' classes, parameter shapes and scalar settings are; whether a layer is recomputed in
+    the backward is one of its settings, and a pattern of such layers is a unit. Only layers at the end of the repetition go,
+    so that a forward that looks a layer up by its number finds the same kind of layer there.
     """
     result = []
     for path, layers in find_stacks(model):
-        stack = _repetition(path, [_signature(layer) for layer in layers], _numbered(model, path), units)
+        known: dict[Any, int] = {}
+        kinds = [known.setdefault(_signature(layer), len(known)) for layer in layers]
+        stack = _repetition(path, kinds, _numbered(model, path), units)
         keep = stack.prefix + stack.unit * stack.units
         dropped = range(keep, len(layers) - stack.suffix)
         for index in reversed(dropped):
@@ -108,7 +110,7 @@ def _ancestors(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield stem, model.get_submodule(stem)
 
 
-def _repetition(path: str, kinds: list[Any], numbered: set[int], units: int) -> Stack:
+def _repetition(path: str, kinds: list[int], numbered: set[int], units: int) -> Stack:
     """The cheapest way to see the list of layers as a prefix and equal units, the last of which may break off."""
     marked = [(kind, index in numbered) for index, kind in enumerate(kinds)]
     total, best = len(marked), Stack(path, len(marked), 1, 0, 0, 0)

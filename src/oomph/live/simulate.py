@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,13 +20,16 @@ from torch._subclasses.fake_tensor import (
 from transformers import PretrainedConfig, PreTrainedModel
 
 from oomph.core.layout import Shape
-from oomph.core.trace import Stack, Trace
+from oomph.core.trace import Trace
 from oomph.errors import UntraceableError, UserError
 from oomph.live.batch import Batch, Images, text_inputs
+from oomph.live.checkpointing import apply_checkpointing
 from oomph.live.cuda_rules import CudaFunctions, CudaRules, Device
 from oomph.live.fake import WorstCase, answering
+from oomph.live.layers import shorten
 from oomph.live.memo import Memo
 from oomph.live.model import part_finder, to_fake
+from oomph.live.offload import HostOptimizer
 from oomph.live.step import LOSSES, commit, train_step
 from oomph.live.trace import Recorder, recording
 from oomph.records import Attention
@@ -47,25 +51,38 @@ class Setup:
     loss: str
     optimizer: str
     checkpointing: str
+    vision_checkpointing: str
     capability: tuple[int, int] | None
+    optimizer_offload: bool = False
+
+
+@functools.cache
+def _fake_mode() -> tuple[FakeTensorMode, Memo]:
+    """The process's fake tensors: what one model's operators gave is known for the next one."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode, Memo(mode)
 
 
 class Simulator:
     """A model on fake tensors whose training step can be traced at any shape.
 
     Args:
-        model: on the ``meta`` device; its parameters and buffers become fake tensors, in place.
-        stacks: what `layers.shorten` left out of the model.
+        model: on the ``meta`` device, with all of its layers. It is changed: its blocks are checkpointed, layers that repeat
+            are left out, its parameters and buffers become fake tensors.
+        setup: the knobs.
+        units: how many of the units of equal layers are traced.
         images: how the model takes images, none for a text model.
+
+    Raises:
+        UserError: the model's blocks cannot be checkpointed.
     """
 
-    def __init__(self, model: PreTrainedModel, setup: Setup, stacks: list[Stack], images: Images | None) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._model, self._setup, self._stacks, self._images = model, setup, stacks, images
-        self._memo = Memo(self.mode)
+    def __init__(self, model: PreTrainedModel, setup: Setup, units: int, images: Images | None) -> None:
+        self._model, self._setup, self._images = model, setup, images
+        self.mode, self._memo = _fake_mode()
+        apply_checkpointing(model, setup.checkpointing, setup.vision_checkpointing)
+        self._stacks = shorten(model, units)
         to_fake(model, self.mode)
-        if setup.checkpointing == "blocks":
-            checkpoint_blocks(model)
 
     def trace(self, shape: Shape) -> Trace:
         """A step of two micro-batches, the commit of a second step, and an evaluation, at one shape of the micro-batch.
@@ -96,7 +113,7 @@ class Simulator:
         return recorder.trace
 
     def _run(self, recorder: Recorder, shape: Shape) -> None:
-        optimizer = make_optimizer(self._model, self._setup.optimizer)
+        optimizer = make_optimizer(self._model, self._setup.optimizer, self._setup.optimizer_offload)
         numbers = {id(p): number for number, p in enumerate(self._model.parameters())}
 
         def collate() -> Batch:
@@ -147,19 +164,11 @@ def _announcer(recorder: Recorder) -> Callable[[str, int], None]:
     return on
 
 
-def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """Every block keeps its inputs only and is computed again in the backward.
-
-    transformers also makes the embeddings' outputs require gradients, for adapters on a frozen model; a frozen vision
-    tower would keep a graph for nothing, so that is undone.
-    """
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    model.disable_input_require_grads()
-
-
-def make_optimizer(model: nn.Module, kind: str) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, in the implementation that the Choice names."""
+def make_optimizer(model: nn.Module, kind: str, offload: bool = False) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, in the implementation that the Choice names; on the host with `offload`."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    if offload:
+        return HostOptimizer(trained, lr=1e-4)
     variant = kind.removeprefix("adamw-")
     return torch.optim.AdamW(trained, lr=1e-4, foreach=variant == "foreach", fused=variant == "fused")
 
@@ -177,4 +186,3 @@ def name_roles(trace: Trace, config: PretrainedConfig, shape: Shape) -> None:
             role = "scores"
         if role:
             trace.storages[number] = storage._replace(kind=storage.kind._replace(role=role))
-

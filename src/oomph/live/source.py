@@ -15,7 +15,6 @@ from oomph.core.layout import Shape
 from oomph.core.unroll import UNITS, NotPeriodic
 from oomph.errors import UntraceableError
 from oomph.live.batch import Images, images_of
-from oomph.live.layers import shorten
 from oomph.live.model import build, compose_llava, part_finder, projector, read_config
 from oomph.live.moe import upcycle
 from oomph.live.simulate import Setup, Simulator
@@ -46,7 +45,8 @@ def make_form(key: FormKey) -> Traced:
         form = fit(traces, (held_out, deeper.trace(Shape(*held_out))))
     except (NotClosed, NotPeriodic, UntraceableError) as reason:
         return Traced(None, tokens, f"no closed form: {reason}")
-    return Traced(form, tokens, f"closed form of {len(traces)} traces, checked on one more shape and depth")
+    note = f"; step time: {form.work.note}" if form.work.note else ""
+    return Traced(form, tokens, f"closed form of {len(traces)} traces, checked on one more shape and depth{note}")
 
 
 def read_model_config(key: FormKey) -> PretrainedConfig:
@@ -95,7 +95,6 @@ def _set_projector(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> Non
 
 
 def _simulator(key: FormKey, model: PreTrainedModel, images: Images | None, units: int) -> Simulator:
-    stacks = shorten(model, units)
     capability = (key.capability[0], key.capability[1]) if key.capability else None
-    setup = Setup(key.attention, key.loss, key.optimizer, key.checkpointing, capability)
-    return Simulator(model, setup, stacks, images)
+    setup = Setup(key.attention, key.loss, key.optimizer, key.checkpointing, key.vision_checkpointing, capability)
+    return Simulator(model, setup, units, images)

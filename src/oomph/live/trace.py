@@ -22,14 +22,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from oomph.core.events import Kind
-from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Storage, Trace, layer_of, stack_of
-from oomph.live.cuda_rules import CudaRules, Extra, as_unwatched
+from oomph.core.trace import NOWHERE, Operation, Parameter, Piece, Stack, Storage, Trace, layer_of, stack_of
+from oomph.live.cuda_rules import CudaRules, Extra, Program, as_unwatched
 from oomph.live.layers import Owner, owners
+from oomph.live.offload import in_host_memory
 from oomph.live.tensors import dtype_name, tensors_in
+from oomph.live.work import Done, Meter, temporaries
 
 _EMPTY = Owner("", NOWHERE)
 _HOST = -1
 """In place of a storage's number: it lies on the CPU, and its life is not recorded."""
+_HOST_PLACE = -2
+"""In place of a place: on the CPU."""
+_ONCE = ("load", "warmup/optimizer")
+"""Pieces that run once in a training run: what they compute is not noted."""
 _ROLES = {"forward": "activation", "recompute": "activation", "evaluate": "activation"}
 Run = Callable[[Any, Any, Any], Any]
 _DEVICE = torch.ops.prim.device.default
@@ -56,6 +62,7 @@ class Recorder(TorchDispatchMode):
         self.trace = Trace(stacks=list(stacks))
         self.phase = "load"
         self._rules = rules
+        self._meter = Meter(rules.device.capability if rules is not None else None)
         self._owners = owners(model, list(stacks))
         self._frames: list[Owner] = []
         self._sequence: list[int] = [-1]
@@ -236,16 +243,25 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        func, args = as_unwatched(func, args, kwargs or {})
-        outputs = self._run(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():
+            return self._record(*as_unwatched(func, args, kwargs or {}), kwargs or {})
+
+    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operator and records what it allocates and frees."""
+        outputs = self._run(func, args, kwargs)
         if self._paused:
+            return outputs
+        if self._rules is not None and in_host_memory():
+            for tensor in tensors_in(outputs):
+                if tensor.untyped_storage()._cdata not in self._live:
+                    self._adopt(tensor, _HOST)
             return outputs
         owner, phase = self._owner_now()
         if owner.place != NOWHERE:
             self._here = owner.place
         if (phase == "backward" and func is torch.ops.aten.add_.Tensor) or func is torch.ops.aten.detach.default:
             self._gradient(args)
-        program = self._rules.program(func, args, kwargs or {}, outputs) if self._rules is not None else None
+        program = self._rules.program(func, args, kwargs, outputs) if self._rules is not None else None
         name = str(func)
         before = [self._extra(extra, name, owner, phase, self._here) for extra in program.before] if program else []
         self._outputs(func, args, outputs, Kind(name, owner.template, phase, "", ""), owner)
@@ -254,8 +270,44 @@ class Recorder(TorchDispatchMode):
         for number in before:
             self._event(~number, self._here)
         if self._rules is not None:
-            self._library(func, args, kwargs or {}, phase)
+            self._library(func, args, kwargs, phase)
+        if self._open is not None and self._open[0] not in _ONCE and not self._inputs:
+            self._operation(self._meter.done(func, args, kwargs, outputs), args, name, phase, program)
         return outputs
+
+    def _operation(self, done: Done | None, args: Sequence[Any], name: str, phase: str, program: Program | None) -> None:
+        """Notes what an operator computes and moves; its temporary tensors are written and read.
+
+        The optimizer's belong to the layers of the tensors that they change; one over lists of tensors is one launch with
+        parts in several layers.
+        """
+        if done is None:
+            return
+        assert self._open is not None
+        noted, piece = self.trace.operations, self._open[0]
+        if phase == "recompute" and not self._frames and torch._C._current_autograd_node() is None:
+            phase = "backward"  # the step's own sum of losses, between two backwards
+        if phase != "optimizer":
+            traffic = (*done.traffic, *(product for part in done.parts for product in part.traffic))
+            if program is not None:
+                traffic += temporaries(program)
+            noted.append(Operation(piece, phase, name, done.dtype, self._here, done.launches, done.flops, traffic))
+            return
+        first = next(tensors_in(args), None)
+        where = self._here if first is None else self._place_of(first)
+        if where == _HOST_PLACE:
+            return
+        place = NOWHERE if done.parts else where
+        noted.append(Operation(piece, phase, name, done.dtype, place, done.launches, done.flops, done.traffic))
+        for part in done.parts:
+            noted.append(Operation(piece, phase, name, done.dtype, self._place_of(part.first), 0, (), part.traffic))
+
+    def _place_of(self, tensor: Tensor) -> int:
+        """The home of the tensor's storage."""
+        number = self._live.get(tensor.untyped_storage()._cdata, (None,))[0]
+        if number == _HOST:
+            return _HOST_PLACE
+        return self._here if number is None else self.trace.storages[number].home
 
     def _gradient(self, args: Sequence[Any]) -> None:
         node: Any = torch._C._current_autograd_node()
@@ -354,12 +406,12 @@ def recording(recorder: Recorder, model: nn.Module) -> Iterator[None]:
     The collector would free storages at moments that depend on unrelated allocations, and no two traces would agree.
     """
     with ExitStack() as stack:
-        for path, module in model.named_modules():
-            for handle in _hook(recorder, path, module):
-                stack.callback(handle.remove)
         enabled = gc.isenabled()
         gc.disable()
         if enabled:
             stack.callback(gc.enable)
+        for path, module in model.named_modules():
+            for handle in _hook(recorder, path, module):
+                stack.callback(handle.remove)
         stack.enter_context(recorder)
         yield

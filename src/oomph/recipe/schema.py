@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from oomph.recipe.rules import parse_pattern
-from oomph.records import Attention, Checkpointing, Loss, Optimizer, Precision, Sharding
+from oomph.records import Attention, Checkpointing, Loss, Optimizer, Precision, Sharding, VisionCheckpointing
 
 
 def _expects(expected: str) -> WrapValidator:
@@ -120,6 +120,8 @@ class Data(Section):
     each image then counting as one token, so a sample reaches max_tokens + images · (tokens per image - 1)."""
     images_per_sample: Annotated[int, Field(ge=0)] = 1
     """Images of a sample."""
+    samples: Count | None = None
+    """Samples of the dataset, for the hours that a stage takes."""
     image_size: ImageSize | None = None
     """Pixels of a side, or [height, width], for models that take images of any size; else the size
     that the model's tower was trained for; grid models take 448 x 448 without it, and Idefics3 four by four tiles."""
@@ -141,6 +143,8 @@ class Hardware(Section):
     """All GPUs of the run, over all nodes together."""
     nodes: Count = 1
     """The machines that the GPUs are spread over evenly."""
+    network_gb_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 25.0
+    """What one GPU sends to another machine, in GB/s in one direction; 25 is a port of 200 Gb/s for each GPU."""
 
     @model_validator(mode="after")
     def _spread(self) -> Self:
@@ -157,7 +161,11 @@ class Memory(Section):
     micro_batch: Annotated[Literal["auto"] | Count, _expects("auto or a whole number from 1")] = "auto"
     """Samples that one GPU takes through forward and backward at a time."""
     checkpointing: Literal["auto", Checkpointing] = "auto"
-    """`blocks` keeps only the input of each transformer block and recomputes the rest in backward; `none` keeps all."""
+    """`blocks` keeps only the input of each transformer block and recomputes the rest in backward, `every-2`, `every-3` and
+    `every-4` do so with every second, third or fourth block, `blocks-offload` also keeps the inputs in host memory; `none`
+    keeps all. Of a vision-language model this is the language model."""
+    vision_checkpointing: Literal["auto", VisionCheckpointing] = "auto"
+    """The same for the blocks of the vision tower: `blocks` or `none`."""
     attention: Literal["auto", Attention] = "auto"
     """`sdpa` lets PyTorch pick a fused kernel, `flash` and `efficient` name one, `eager` writes out the scores,
     `eager-fp32` writes them out with queries, keys, scores and softmax in float32."""
@@ -168,9 +176,15 @@ class Memory(Section):
     """What weights, activations and gradients are held in."""
     optimizer: Literal["auto", Optimizer] = "auto"
     """AdamW in one fused kernel, over lists of tensors, or one tensor after the other."""
+    optimizer_offload: Annotated[Literal["auto"] | bool, _expects("auto, true or false")] = "auto"
+    """Whether optimizer states live in host memory, where the optimizer then runs."""
+    master_weights: Annotated[Literal["auto"] | bool, _expects("auto, true or false")] = "auto"
+    """Whether the optimizer updates float32 copies of bfloat16 weights; ZeRO always does. Weights that are float32
+    themselves need none."""
     sharding: Literal["auto", Sharding] = "auto"
     """What the GPUs divide between them: `none` on one GPU, `ddp` nothing, `zero1` optimizer states, `zero2` gradients
-    too, `zero3` weights too (the zeros as DeepSpeed does them)."""
+    too, `zero3` weights too (the zeros as DeepSpeed does them). `fsdp2` is PyTorch's `fully_shard` and divides all
+    three, `fsdp2-no-reshard` keeps gathered weights from forward to backward, `fsdp2-hybrid` divides within a node."""
     expandable_segments: Annotated[Literal["auto"] | bool, _expects("auto, true or false")] = "auto"
     """PyTorch's allocator option of that name."""
     eval_batch: Annotated[Literal["auto", "none"] | Count, _expects("auto, none or a whole number from 1")] = "auto"

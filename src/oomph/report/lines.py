@@ -9,6 +9,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from oomph.units import size
+
 NARROWEST = 70
 KEEP = "\u00a0"
 """A space at which no line is broken; it is printed as a space."""
@@ -63,7 +65,10 @@ def shorten(path: str, width: int) -> str:
 
 def cut(text: str, width: int) -> str:
     """The text in at most ``width`` cells, without its end where it is longer."""
-    return text if cell_len(text) <= width else f"{_chop(text, width - 1)[0]}…"
+    if cell_len(text) <= width:
+        return text
+    start = _chop(text, width - 1)[0]
+    return f"{start if cell_len(start) < width else ''}…"
 
 
 def bar(value: int, scale: int, width: int) -> str:
@@ -71,6 +76,20 @@ def bar(value: int, scale: int, width: int) -> str:
     halves = round(2 * width * max(value, 0) / scale) if scale > 0 else 0
     full, rest = divmod(min(halves, 2 * width), 2)
     return "━" * full + "╸" * rest
+
+
+def percent(part: int, whole: int) -> str:
+    """A share in at most five cells: ``7 %``, ``999 %``, ``25×``; nothing where there is no whole."""
+    if whole <= 0:
+        return ""
+    if part < 9.995 * whole:
+        return f"{100 * part / whole:.0f} %"
+    return f"{part / whole:.0f}×" if part < 999.5 * whole else ">999×"
+
+
+def size_cells(sizes: Iterable[int]) -> int:
+    """The width of a column of sizes."""
+    return max([10, *(len(size(nbytes)) for nbytes in sizes)])
 
 
 def columns(cells: Sequence[tuple[str, int, str]], indent: int = 4) -> Text:
@@ -92,6 +111,11 @@ def columns(cells: Sequence[tuple[str, int, str]], indent: int = 4) -> Text:
 def paragraph(text: str, width: int, indent: int = 2, style: str = "") -> list[Text]:
     """Running text, wrapped and indented."""
     return [Text(" " * indent + line, style) for line in wrap(text, width - indent)]
+
+
+def hanging(text: str, width: int, indent: int = 4, style: str = "") -> list[Text]:
+    """Running text whose lines after the first stand two cells further in."""
+    return [Text(" " * (indent + 2 * (number > 0)) + line, style) for number, line in enumerate(wrap(text, width - indent - 2))]
 
 
 def field(label: str, texts: Iterable[str], width: int, indent: int = 16) -> list[Text]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -11,14 +11,30 @@ from rich.text import Text
 
 from oomph.records import Choice, Plan, Prediction, Request, StagePlan
 from oomph.report import words
-from oomph.report.lines import NARROWEST, bar, clean, columns, cut, field, kept, paragraph, printed, rule, shorten
+from oomph.report.ladder import alternatives, way_out
+from oomph.report.lines import (
+    NARROWEST,
+    bar,
+    clean,
+    columns,
+    cut,
+    field,
+    hanging,
+    kept,
+    paragraph,
+    percent,
+    printed,
+    rule,
+    shorten,
+    size_cells,
+)
 from oomph.units import size
 
 MODULES = 6
 REQUESTS = 5
 
 _PERCENT = 5
-_ARITHMETIC = ("accumulation", "effective_batch", "gpus")
+_ARITHMETIC = ("accumulation", "effective_batch", "gpus", "nodes")
 
 
 def render(plan: Plan, width: int = 80, color: bool = False) -> str:
@@ -60,6 +76,8 @@ def _stage(stage: StagePlan, gpu: str, shared: Sequence[str], width: int) -> lis
     lines += paragraph(words.verdict(prediction), width, 2, "bold green" if prediction.fits else "bold red")
     if request:
         lines += [Text(), *paragraph(words.failure(stage, request), width)]
+    others = alternatives(stage, width)
+    lines += [] if prediction.fits else others
     lines += [Text(), *_configuration(stage, width)]
     lines += [Text(), *_card(prediction, gpu, width)]
     lines += [Text(), *_breakdown(f"by role, {moment}", _named(prediction.by_role), width)]
@@ -70,7 +88,8 @@ def _stage(stage: StagePlan, gpu: str, shared: Sequence[str], width: int) -> lis
     own = [item for item in prediction.leaves_out if item not in shared]
     lines += [Text(), *field("error bound", [words.bound(prediction)], width)]
     lines += field("not counted", [clean("; ".join(own))], width) if own else []
-    return lines + field("trace", [clean(stage.traced)], width)
+    lines += field("trace", [clean(stage.traced)], width)
+    return lines + others if prediction.fits else lines
 
 
 def _configuration(stage: StagePlan, width: int) -> list[Text]:
@@ -84,12 +103,13 @@ def _configuration(stage: StagePlan, width: int) -> list[Text]:
         shown = words.knob(name, values[name]) if name in values else words.label(name)
         if words.is_given(reason):
             given += [] if name in _ARITHMETIC else [kept(shown)]
-        else:
+        elif name != "nodes":
             target = derived if name in _ARITHMETIC or name not in values else chosen
             target.append(f"{shown}: {reason}" if reason else shown)
     lines = field("batch", [words.batch(stage.choice)], width)
     lines += field("sample", [words.sample(stage)], width)
     lines += field("parameters", [words.parameters(stage)], width)
+    lines += field("speed", words.speed(stage.speed, stage.prediction.fits), width) if stage.speed else []
     lines += field("pinned", [", ".join(given)], width) if given else []
     return lines + field("chosen", chosen, width) + field("derived", derived, width)
 
@@ -102,19 +122,19 @@ def _card(prediction: Prediction, gpu: str, width: int) -> list[Text]:
     rows = [_Row(usable + prediction.outside_bytes, "", clean(gpu), "dim")]
     rows += [_Row(nbytes, "", f"outside: {words.outside(name)}", "dim", "-") for name, nbytes in outside.items()]
     rows += [
-        _Row(usable, _percent(usable, usable), "usable", "dim", "="),
-        _Row(prediction.reserved_peak_bytes, _percent(prediction.reserved_peak_bytes, usable), "reserved peak", style),
-        _Row(prediction.allocated_peak_bytes, _percent(prediction.allocated_peak_bytes, usable), "allocated peak", style),
+        _Row(usable, percent(usable, usable), "usable", "dim", "="),
+        _Row(prediction.reserved_peak_bytes, percent(prediction.reserved_peak_bytes, usable), "reserved peak", style),
+        _Row(prediction.allocated_peak_bytes, percent(prediction.allocated_peak_bytes, usable), "allocated peak", style),
     ]
     if left:
-        rows.append(_Row(abs(left), _percent(abs(left), usable), "free" if left > 0 else "missing at least", "dim"))
+        rows.append(_Row(abs(left), percent(abs(left), usable), "free" if left > 0 else "missing at least", "dim"))
     return _table(f"memory of one GPU, 100 % being what is usable{room}", rows, width)
 
 
 def _breakdown(title: str, parts: dict[str, int], width: int) -> list[Text]:
     """Shares of a total."""
     total = sum(parts.values())
-    rows = [_Row(nbytes, _percent(nbytes, total), name) for name, nbytes in parts.items()]
+    rows = [_Row(nbytes, percent(nbytes, total), name) for name, nbytes in parts.items()]
     return _table(f"{title}: {size(total)}", rows, width)
 
 
@@ -127,7 +147,7 @@ def _phases(prediction: Prediction, width: int) -> list[Text]:
     rows = []
     for name, peak in peaks.items():
         text = f"{name}{' ' * (names - cell_len(name))}  reserved {size(peak.reserved_peak_bytes)}"
-        rows.append(_Row(peak.allocated_peak_bytes, _percent(peak.allocated_peak_bytes, prediction.usable_bytes), text))
+        rows.append(_Row(peak.allocated_peak_bytes, percent(peak.allocated_peak_bytes, prediction.usable_bytes), text))
     room = "" if prediction.fits else ", as if there were room"
     return _table(f"allocated peak of each phase{room}", rows, width)
 
@@ -137,7 +157,7 @@ def _requests(requests: Sequence[Request], moment: str, width: int) -> list[Text
     rows = [(words.dtype(item.dtype), words.shape(item.shape), words.operator(item.op)) for item in requests]
     most = (8, (width - 36) // 2, (width - 40) // 2)
     widths = [min(max(map(cell_len, texts)), cells) for texts, cells in zip(zip(*rows, strict=True), most, strict=True)]
-    sizes = _size_cells(item.bytes for item in requests)
+    sizes = size_cells(item.bytes for item in requests)
     rest = width - 4 - sizes - sum(widths) - 8
     lines = paragraph(f"largest requests in use {moment}", width, 2, "bold")
     for item, row in zip(requests, rows, strict=True):
@@ -150,7 +170,7 @@ def _requests(requests: Sequence[Request], moment: str, width: int) -> list[Text
 def _summary(plan: Plan, width: int) -> list[Text]:
     """One line for each stage."""
     rows = [(words.needed_bytes(stage.prediction), stage.prediction.usable_bytes) for stage in plan.stages]
-    sizes = _size_cells(nbytes for (allocated, reserved), usable in rows for nbytes in (allocated, reserved, usable))
+    sizes = size_cells(nbytes for (allocated, reserved), usable in rows for nbytes in (allocated, reserved, usable))
     names = [shorten(clean(stage.name), width - 22 - 3 * sizes) for stage in plan.stages]
     first = max([len("stage"), *map(cell_len, names)])
     head = [(name, -sizes, "bold") for name in ("allocated", "reserved", "usable")]
@@ -159,7 +179,8 @@ def _summary(plan: Plan, width: int) -> list[Text]:
         style, verdict = ("green", "fits") if stage.prediction.fits else ("red", "does not fit")
         cells = [(size(nbytes), -sizes, "") for nbytes in (*needed, usable)]
         lines.append(columns([(name, first, ""), (verdict, 12, style), *cells], 2))
-    return lines
+    ways = [hanging(sentence, width, 2) for stage in plan.stages if (sentence := way_out(stage))]
+    return [*lines, Text(), *(line for way in ways for line in way)] if ways else lines
 
 
 class _Row(NamedTuple):
@@ -175,7 +196,7 @@ class _Row(NamedTuple):
 def _table(title: str, rows: Sequence[_Row], width: int) -> list[Text]:
     """Bytes, share, bar and name in columns; the longest bar stands for the most bytes."""
     scale = max((row.nbytes for row in rows), default=0)
-    sizes, bars = _size_cells(row.nbytes for row in rows), (width - 40) // 2
+    sizes, bars = size_cells(row.nbytes for row in rows), (width - 40) // 2
     rest = width - 4 - sizes - _PERCENT - bars - 6
     lines = paragraph(title, width, 2, "bold")
     for row in rows:
@@ -184,11 +205,6 @@ def _table(title: str, rows: Sequence[_Row], width: int) -> list[Text]:
         line = columns([(size(row.nbytes), -sizes, ""), *cells])
         lines.append(Text(f"  {row.sign} ").append(line[4:]) if row.sign else line)
     return lines
-
-
-def _size_cells(sizes: Iterable[int]) -> int:
-    """The width of a column of sizes."""
-    return max([10, *(len(size(nbytes)) for nbytes in sizes)])
 
 
 def _named(by_role: dict[str, int]) -> dict[str, int]:
@@ -201,12 +217,3 @@ def _top(by_module: dict[str, int]) -> dict[str, int]:
     rest = ranked[MODULES:]
     top = {clean(name): nbytes for name, nbytes in ranked[:MODULES]}
     return {**top, f"{len(rest)} others": sum(nbytes for _, nbytes in rest)} if rest else top
-
-
-def _percent(part: int, whole: int) -> str:
-    """A share in at most five cells: ``7 %``, ``999 %``, ``25×``."""
-    if whole <= 0:
-        return ""
-    if part < 9.995 * whole:
-        return f"{100 * part / whole:.0f} %"
-    return f"{part / whole:.0f}×" if part < 999.5 * whole else ">999×"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
-from oomph.records import Choice, FailingRequest, Prediction, Request, StagePlan
+from oomph.records import Choice, FailingRequest, Prediction, Request, Speed, StagePlan
 from oomph.report.lines import clean, kept
 from oomph.units import count, size
 
@@ -25,7 +26,7 @@ _OPERATORS = {
     "nll_loss_backward": "loss backward",
     "nll_loss_forward": "loss",
 }
-_LIBRARIES = {"zero": "ZeRO", "ddp": "DDP"}
+_LIBRARIES = {"zero": "ZeRO", "ddp": "DDP", "fsdp2": "FSDP2"}
 _DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _OUTSIDE = {"context": "CUDA context", "nccl": "NCCL"}
 _ROLES = {
@@ -48,6 +49,7 @@ _PHASES = {
     "optimizer": "the optimizer step",
     "evaluate": "the evaluation",
 }
+_FOLLOWING = ("accumulation", "effective_batch", "gpus", "nodes")
 _LAYER = re.compile(r"\.(?:layers?|blocks?|h)\.(\d+)(?:\.|$)")
 
 
@@ -95,6 +97,11 @@ def knob(name: str, value: object) -> str:
 def label(name: str) -> str:
     """A field's name in words: ``last micro-batch``."""
     return clean(name).replace("micro_batch", "micro-batch").replace("_", " ").replace("per gpu", "per GPU")
+
+
+def is_pinned(reason: str) -> bool:
+    """Whether a value's reason is that the recipe pins the knob."""
+    return reason.startswith("pinned by ")
 
 
 def is_given(reason: str) -> bool:
@@ -149,7 +156,7 @@ def failure(stage: StagePlan, request: FailingRequest) -> str:
     when = _moment(stage.choice, request)
     usable = stage.prediction.usable_bytes
     return (
-        f"{when[0].upper()}{when[1:]} asks for {kept(size(request.bytes))}: {dimensions}{legend}, {what}{by}{where}. "
+        f"{when[:1].upper()}{when[1:]} asks for {kept(size(request.bytes))}: {dimensions}{legend}, {what}{by}{where}. "
         f"At that moment {kept(size(request.in_use_bytes))} is in use and {kept(size(request.reserved_bytes))} reserved, "
         f"of {kept(size(usable))} usable."
     )
@@ -157,10 +164,65 @@ def failure(stage: StagePlan, request: FailingRequest) -> str:
 
 def batch(choice: Choice) -> str:
     """How the effective batch comes about."""
-    gpus = f"{choice.gpus} GPU{'s' if choice.gpus > 1 else ''}"
+    gpus = f"{counted(choice.gpus, 'GPU')}{f' on {choice.nodes} nodes' if choice.nodes > 1 else ''}"
     product = f"micro-batch {choice.micro_batch} × accumulation {choice.accumulation} × {gpus}"
-    ragged = choice.micro_batch * choice.accumulation * choice.gpus != choice.effective_batch
-    return f"{product}{', the last ones smaller,' if ragged else ''} = effective batch {choice.effective_batch}"
+    return f"{product}{', the last ones smaller,' if is_ragged(choice) else ''} = effective batch {choice.effective_batch}"
+
+
+def is_ragged(choice: Choice) -> bool:
+    """Whether some micro-batches are smaller than the others."""
+    return choice.micro_batch * choice.accumulation * choice.gpus != choice.effective_batch
+
+
+def settings(choice: Choice, asked: Choice) -> list[str]:
+    """What to add to a recipe that gave one choice so that it gives the other: ``attention=efficient``.
+
+    What follows from other knobs is left out, and so is an evaluation batch that follows the micro-batch in both.
+    """
+    follows = all(one.eval_batch == one.micro_batch for one in (choice, asked))
+    names = [item.name for item in fields(Choice) if item.name not in _FOLLOWING]
+    changed = [name for name in names if getattr(choice, name) != getattr(asked, name)]
+    return [f"{name}={str(getattr(choice, name)).lower()}" for name in changed if not (follows and name == "eval_batch")]
+
+
+def speed(estimate: Speed, fits: bool) -> list[str]:
+    """How fast a choice is, and what the step's time goes to."""
+    rates = f"{number(estimate.samples_per_second)} samples/s, {number(estimate.tokens_per_second)} tokens/s"
+    hours = "" if estimate.gpu_hours is None else f", {number(estimate.gpu_hours)} GPU hours for the stage"
+    room = "" if fits else "if it fitted, "
+    line = f"{room}{seconds(estimate.step_seconds)} a step: {rates}, MFU {100 * estimate.flop_utilisation:.0f} %{hours}"
+    shares = time_shares(estimate)
+    return [f"{line}; an estimate, for ranking", *([f"of a step: {', '.join(shares)}"] if shares else [])]
+
+
+def time_shares(estimate: Speed) -> list[str]:
+    """What a step's time goes to, the most first, without what takes less than half a percent: ``recompute 21 %``."""
+    whole = estimate.step_seconds
+    ranked = sorted(estimate.seconds.items(), key=lambda item: -item[1])
+    return [kept(f"{clean(name)} {100 * part / whole:.0f} %") for name, part in ranked if whole > 0 and part >= whole / 200]
+
+
+def seconds(duration: float) -> str:
+    """A time: ``2.46 s``, ``84 ms``."""
+    return kept(f"{number(duration)} s" if duration >= 0.9995 else f"{number(1000 * duration)} ms")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 GPU``, ``14 traced steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def number(value: float) -> str:
+    """A number in about three digits: ``0.083``, ``2.46``, ``52.1``, ``136,600``."""
+    if value >= 9_999_999.5:
+        return f"{value:.2e}"
+    digits = next((digits for limit, digits in ((0.9995, 3), (9.995, 2), (99.95, 1)) if value < limit), 0)
+    return f"{value:,.{digits}f}"
+
+
+def times(ratio: float) -> str:
+    """A ratio: ``1.29×``."""
+    return f"{number(ratio) if ratio >= 9.995 else f'{ratio:.2f}'}×"
 
 
 def sample(stage: StagePlan) -> str:
@@ -184,9 +246,17 @@ def _moment(choice: Choice, request: Request) -> str:
     layer = _LAYER.search(request.module)
     if request.phase == "recompute" and layer:
         return f"{when} of block {layer[1]}"
-    if request.phase == "backward" and layer and choice.checkpointing == "blocks":
+    if request.phase == "backward" and layer and _is_recomputed(int(layer[1]), request.module, choice):
         return f"{when} of recomputed block {layer[1]}"
     return when
+
+
+def _is_recomputed(block: int, module: str, choice: Choice) -> bool:
+    """Whether checkpointing recomputes a block; ``every-k`` does so with blocks 0, k, 2k and so on."""
+    if "vision" in module or "visual" in module:
+        return choice.vision_checkpointing != "none"
+    every = choice.checkpointing.removeprefix("every-")
+    return block % int(every) == 0 if every.isdigit() else choice.checkpointing != "none"
 
 
 def _legend(request: Request, stage: StagePlan) -> str:
