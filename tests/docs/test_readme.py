@@ -72,7 +72,7 @@ def test_a_tree_is_read_as_it_is_meant() -> None:
 @pytest.mark.slow
 def test_the_screens_are_what_the_program_prints(pages: dict[str, Any], reader: Any, follow: Callable[..., None]) -> None:
     page = pages["README.md"]
-    assert sum(bool(shown.output) for shown in page.commands()) == 3
+    assert sum(bool(shown.output) for shown in page.commands()) == 2
     follow(reader, page)
 
 

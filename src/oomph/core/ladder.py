@@ -91,7 +91,7 @@ class _Climb:
     def _given(self) -> dict[str, Any]:
         """Knobs that the stage leaves no choice of."""
         model, asked = self._model, self._asked
-        if not model.closed(asked):
+        if not model.closed(model.first):
             return {knob: getattr(asked, knob) for knob in KNOBS}
         held = {} if model.trains("vision") else {"vision_checkpointing": asked.vision_checkpointing}
         if model.loops and model.images:  # a form for each number of images: fewer other knobs
@@ -108,7 +108,8 @@ class _Climb:
 
     def _traceable(self, choice: Choice) -> bool:
         """Whether a trace takes seconds and not minutes: a model's loop over images makes it longer with each image."""
-        return not self._model.loops or choice.micro_batch * self._model.images <= _MOST_LOOPS or choice == self._asked
+        few = choice.micro_batch * self._model.images <= _MOST_LOOPS
+        return not self._model.loops or few or choice.micro_batch == self._asked.micro_batch
 
     def _frontier(self, choices: Sequence[Choice]) -> list[Choice]:
         """The choices that fit and that no other one beats.

@@ -86,13 +86,12 @@ def _plan(model: StageModel) -> StagePlan:
 
 def _searched(model: StageModel, keep: Sequence[str]) -> StagePlan:
     """The stage's plan with its ladder. Where something fits with all that is pinned, the fastest such choice is taken."""
-    asked, reasons = resolve(model.stage, model.recipe, model.gpu)
-    climbed = climb(model, asked, keep)
+    climbed = climb(model, model.first, keep)
     if climbed.choice is None:
-        asked, reasons = resolve(model.stage, model.recipe, model.gpu, model.fits)
+        choice, reasons = resolve(model.stage, model.recipe, model.gpu, lambda _: False)
     else:
-        asked, reasons = climbed.choice, reasons_for(climbed.choice, model.stage, model.recipe, model.gpu)
-    plan = _stage_plan(model, asked, reasons)
+        choice, reasons = climbed.choice, reasons_for(climbed.choice, model.stage, model.recipe, model.gpu)
+    plan = _stage_plan(model, choice, reasons)
     start = climbed.nearest or plan
     return replace(
         plan,

@@ -50,6 +50,7 @@ class StageModel:
         images: of a sample, as the model sees them.
         loops: whether the model's code loops over images.
         routes: whether the model sends tokens to experts.
+        first: the choice that planning looks at first: the recipe's own settings, the largest cut where that is open.
     """
 
     def __init__(self, recipe: Recipe, stage: Stage, gpu: Gpu, source: Source, data: Data | None = None) -> None:
@@ -65,7 +66,7 @@ class StageModel:
         self._speeds: dict[Choice, Speed] = {}
         self._costs: dict[Any, Any] = {}
         self.routes = stage.experts is not None or "experts" in stage.train
-        self._first = self._start()
+        self.first = self._start()
 
     def on(
         self, gpu: Gpu, recipe: Recipe | None = None, data: Data | None = None, stage: Stage | None = None
@@ -83,7 +84,7 @@ class StageModel:
 
     def first_keys(self) -> list[FormKey]:
         """The keys of the first choice that planning will look at."""
-        return self.keys(self._first)
+        return self.keys(self.first)
 
     def keys(self, choice: Choice) -> list[FormKey]:
         """The keys of the forms that predicting a choice takes."""
@@ -110,16 +111,16 @@ class StageModel:
 
     def trains(self, part: str) -> bool:
         """Whether parameters of a part of the model train."""
-        return any(parameter.trainable and parameter.part == part for parameter in self._first_form.parameters)
+        return any(parameter.trainable and parameter.part == part for parameter in self._form_of_first.parameters)
 
     @functools.cached_property
     def drops(self) -> bool:
         """Whether the model has dropout."""
-        return any("dropout" in kind.op for kind in self._first_form.kinds)
+        return any("dropout" in kind.op for kind in self._form_of_first.kinds)
 
     @functools.cached_property
-    def _first_form(self) -> ClosedForm:
-        return self._traced(self._first, self._shapes(self._first, self.tokens)[0])[1]
+    def _form_of_first(self) -> ClosedForm:
+        return self._traced(self.first, self._shapes(self.first, self.tokens)[0])[1]
 
     def may_fit(self, choice: Choice) -> bool:
         """Whether a choice of one sample at a time may fit, judged by the form of several without making its own."""
