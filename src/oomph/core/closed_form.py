@@ -119,7 +119,7 @@ class ClosedForm:
     unclassified: list[str] = field(default_factory=list)
     work: Work = field(default_factory=Work)
 
-    @property
+    @functools.cached_property
     def pads_masks(self) -> bool:
         """Whether a mask is padded to a multiple of 8 tokens, which is not done where the tokens are one already."""
         padded = {n for n, f in enumerate(self.formulas) if any(d.feature == _CEIL8 for d in f.dimensions)}
