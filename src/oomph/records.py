@@ -134,6 +134,11 @@ class Prediction(Record):
     outside: dict[str, int] = field(default_factory=dict)
     evaluation: PhasePeak | None = None
 
+    @property
+    def bound_bytes(self) -> int:
+        """The error bound in bytes."""
+        return round(self.error_bound * self.allocated_peak_bytes)
+
 
 @dataclass(frozen=True)
 class Speed(Record):

@@ -9,7 +9,7 @@ import torch
 
 from oomph.core.catalogue import MODELS, model_folder
 from oomph.core.forms import FormKey
-from oomph.core.plan import LOOPS_OVER_IMAGES
+from oomph.core.stage import LOOPS_OVER_IMAGES
 from oomph.errors import UserError
 from oomph.live.model import build, part_finder, read_config
 from oomph.live.source import make_form

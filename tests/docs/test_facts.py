@@ -17,8 +17,8 @@ from oomph.core.closed_form import FEATURES, LEAST_ROWS, LOSS_CHUNKS, ClosedForm
 from oomph.core.devices import catalogue
 from oomph.core.events import Events, Kind
 from oomph.core.layout import lay_out
-from oomph.core.plan import LOOPS_OVER_IMAGES
 from oomph.core.predict import LARGEST
+from oomph.core.stage import LOOPS_OVER_IMAGES
 from oomph.core.trace import Piece
 from oomph.core.unroll import UNITS
 from oomph.records import Choice, Phase, Role

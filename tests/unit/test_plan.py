@@ -14,7 +14,8 @@ from oomph.core.choices import micro_batch_candidates
 from oomph.core.closed_form import FEATURES, LEAST_ROWS, ClosedForm, Dimension, Family, Formula
 from oomph.core.devices import Gpu, find_gpu, outside
 from oomph.core.forms import FormKey, Traced
-from oomph.core.plan import LOOPS_OVER_IMAGES, make_plan
+from oomph.core.plan import make_plan
+from oomph.core.stage import LOOPS_OVER_IMAGES
 from oomph.errors import UserError
 from oomph.recipe import Recipe
 from oomph.records import Plan, StagePlan

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from oomph.core.closed_form import ClosedForm
-from oomph.core.events import Events
 from oomph.core.fsdp_hooks import find_groups
 from oomph.core.sharding import static_bytes
 from oomph.records import Choice
@@ -47,8 +46,6 @@ class Bounds:
         self._resident: dict[Choice, int] = {}
         self._working: dict[tuple[tuple[int, ...], bool, bool], tuple[int, int]] = {}
         self._steps: dict[tuple[bool, bool], _Steps] = {}
-        gradients = {number for number, kind in enumerate(form.kinds) if kind.role == "gradient"}
-        self._reached = {p for p, kind in zip(form.parameter, form.kind, strict=True) if kind in gradients and p >= 0}
 
     def least_bytes(self, choice: Choice, shape: Sequence[int]) -> int:
         """Bytes that a rank of the choice has allocated at its peak, at the least.
@@ -74,7 +71,7 @@ class Bounds:
         accumulates = choice.accumulation > 1
         key = replace(_REST, accumulation=1 + accumulates, **{name: getattr(choice, name) for name in _DECIDES})
         if key not in self._resident:
-            static = static_bytes(self._form.parameters, choice, reached=self._reached)
+            static = static_bytes(self._form.parameters, choice, reached=self._form.reached)
             gone = {"optimizer"} if choice.optimizer_offload else set()
             if choice.sharding in _WHOLE_GRADIENTS or not (accumulates or choice.sharding == "zero3"):
                 gone.add("gradient")
@@ -87,7 +84,7 @@ class Bounds:
         form = self._form
         stacks = [kind.module.partition("{}")[0] if kind.phase == "forward" else None for kind in form.kinds]
         ran = {(stacks[kind], layer) for kind, layer in zip(form.kind, form.layer, strict=True)}
-        root, *blocks = find_groups(Events(kinds=form.kinds), form.parameters)
+        root, *blocks = find_groups(form.kinds, form.parameters)
         sizes = [parameter.nbytes for parameter in form.parameters]
         running = [group for group in blocks if (group.module.partition("{}")[0], group.layer) in ran]
         return sum(sizes[n] for n in root.members), sum(sizes[n] for group in running for n in group.members)

@@ -112,9 +112,7 @@ def cuts(choice: Choice, sharding: str, every: bool = False) -> list[int]:
         sharding: ZeRO in DeepSpeed takes micro-batches of one size alone.
         every: also those that take as many steps as a smaller one does.
     """
-    most, exact = _most(choice.effective_batch, choice.gpus), sharding.startswith("zero")
-    found = range(most, 0, -1) if every else micro_batch_candidates(most)
-    return [cut for cut in found if _cuttable(choice.effective_batch, choice.gpus, cut, exact)]
+    return _possible(choice.effective_batch, choice.gpus, sharding.startswith("zero"), every)
 
 
 def with_micro_batch(choice: Choice, micro_batch: int, eval_batch: int | str) -> Choice:
@@ -272,8 +270,9 @@ def _way_out(stage: Stage, gpus: int, exact: bool) -> str:
     return f"with effective_batch {stage.effective_batch}, micro_batch may be {listed}; `auto` leaves any knob to the planner"
 
 
-def _possible(batch: int, gpus: int, exact: bool) -> list[int]:
-    candidates = micro_batch_candidates(_most(batch, gpus))
+def _possible(batch: int, gpus: int, exact: bool, every: bool = False) -> list[int]:
+    most = _most(batch, gpus)
+    candidates = range(most, 0, -1) if every else micro_batch_candidates(most)
     return [micro_batch for micro_batch in candidates if _cuttable(batch, gpus, micro_batch, exact)]
 
 

@@ -127,10 +127,15 @@ class ClosedForm:
         return any(f in padded and k in pads for f, k in zip(self.formula, self.kind, strict=True))
 
     @functools.cached_property
-    def trained(self) -> int:
-        """How many parameters get a gradient; one that is trained but not used gets none."""
+    def reached(self) -> frozenset[int]:
+        """The parameters that get a gradient; one that is trained but not used gets none."""
         gradients = {number for number, kind in enumerate(self.kinds) if kind.role == "gradient"}
-        return len({p for p, kind in zip(self.parameter, self.kind, strict=True) if kind in gradients and p >= 0})
+        return frozenset(p for p, kind in zip(self.parameter, self.kind, strict=True) if kind in gradients and p >= 0)
+
+    @property
+    def trained(self) -> int:
+        """How many parameters get a gradient."""
+        return len(self.reached)
 
     def dimensions(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
         """Every formula's dimensions at (samples, tokens, images), padded with ones: [formulas, 6]."""

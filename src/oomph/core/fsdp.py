@@ -191,7 +191,7 @@ class _Pass:
 
 class _Fsdp:
     def __init__(self, events: Events, parameters: Sequence[Parameter], choice: Choice, settings: FsdpSettings) -> None:
-        self.groups = find_groups(events, parameters)
+        self.groups = find_groups(events.kinds, parameters)
         self.reshards, self.hybrid = choice.sharding != "fsdp2-no-reshard", choice.sharding == "fsdp2-hybrid"
         self._source, self._parameters, self._choice = events, parameters, choice
         self._world, self._rank = ranks_of_a_shard(choice), settings.rank

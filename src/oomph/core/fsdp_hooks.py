@@ -45,9 +45,9 @@ class Group(NamedTuple):
         return self.module + path[len(self.module.replace("{}", str(self.layer))) :]
 
 
-def find_groups(events: Events, parameters: Sequence[Parameter]) -> list[Group]:
+def find_groups(kinds: Iterable[Kind], parameters: Sequence[Parameter]) -> list[Group]:
     """The root's group, then those of the layers that have parameters, in model order (``FSDPStateContext.all_states``)."""
-    stacks = {module.partition("{}")[0] for module in {kind.module for kind in events.kinds} if "{}" in module}
+    stacks = {module.partition("{}")[0] for module in {kind.module for kind in kinds} if "{}" in module}
     members: dict[tuple[str, int], list[tuple[int, str]]] = {("", -1): []}
     for index, parameter in enumerate(parameters):
         place, rest = ("", -1), parameter.name

@@ -11,13 +11,11 @@ from oomph.core.fit import fit as what_it_takes
 from oomph.core.forms import Source, versions
 from oomph.core.ladder import climb
 from oomph.core.space import KNOBS
-from oomph.core.stage import LOOPS_OVER_IMAGES, StageModel
+from oomph.core.stage import StageModel
 from oomph.core.suggest import suggestions
 from oomph.errors import UserError
 from oomph.recipe import Recipe, Stage, stage_of
 from oomph.records import Choice, Plan, StagePlan
-
-__all__ = ["LOOPS_OVER_IMAGES", "make_plan"]
 
 
 def make_plan(

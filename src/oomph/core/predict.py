@@ -64,8 +64,7 @@ def serve(events: Events, choice: Choice, gpu: Gpu) -> Replay:
 
 def surely(prediction: Prediction) -> bool:
     """Whether what is reserved leaves room for the error bound, so that the allocator need not give segments back."""
-    bound = prediction.error_bound * prediction.allocated_peak_bytes
-    return prediction.fits and prediction.reserved_peak_bytes + bound <= prediction.usable_bytes
+    return prediction.fits and prediction.reserved_peak_bytes + prediction.bound_bytes <= prediction.usable_bytes
 
 
 def lack(events: Events, result: Replay, usable: int) -> Lack | None:

@@ -124,17 +124,12 @@ def left_bytes(prediction: Prediction) -> int:
     return prediction.usable_bytes - reserved if prediction.fits else min(prediction.usable_bytes - allocated, 0)
 
 
-def bound_bytes(prediction: Prediction) -> int:
-    """The error bound in bytes."""
-    return round(prediction.error_bound * prediction.allocated_peak_bytes)
-
-
 def verdict(prediction: Prediction) -> str:
     """Whether the stage fits, and by how much."""
     usable, left = prediction.usable_bytes, left_bytes(prediction)
     if prediction.fits:
         reach = f"{size(usable - left)} of {size(usable)} reserved at the peak, {size(left)} to spare"
-        if left < bound_bytes(prediction):
+        if left < prediction.bound_bytes:
             return f"fits, but only just: {reach}, which is less than the error bound"
         return f"fits: {reach}"
     request = prediction.failing_request
@@ -238,7 +233,7 @@ def parameters(stage: StagePlan) -> str:
 
 def bound(prediction: Prediction) -> str:
     """The error bound, as a fraction and in bytes."""
-    return f"{100 * prediction.error_bound:.1f} %: the true peak may be up to {size(bound_bytes(prediction))} higher"
+    return f"{100 * prediction.error_bound:.1f} %: the true peak may be up to {size(prediction.bound_bytes)} higher"
 
 
 def _moment(choice: Choice, request: Request) -> str:
