@@ -8,6 +8,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from oomph.core.forms import FormKey
+
 # A deadline would assert seconds, and "too slow" is a matter of the machine.
 hypothesis.settings.register_profile("oomph", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("oomph")
@@ -20,6 +22,34 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def root() -> Path:
     """The top folder of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def plain_key() -> FormKey:
+    """What a form of a text model is made from that trains whole; tests name the model, and replace the rest."""
+    return FormKey(
+        model=None,
+        vision=None,
+        language=None,
+        projector=None,
+        vision_feature_layer=0,
+        vision_feature_select="",
+        expert_count=0,
+        expert_top_k=0,
+        expert_layers="",
+        trained=("language", "head"),
+        frozen=(),
+        attention="sdpa",
+        loss="full",
+        optimizer="adamw-fused",
+        checkpointing="none",
+        vision_checkpointing="none",
+        precision="bfloat16",
+        capability=(8, 0),
+        image_size=(),
+        one_sample=False,
+        images=0,
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

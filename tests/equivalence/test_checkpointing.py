@@ -6,6 +6,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -215,45 +216,18 @@ def llama(layers: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def form_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], ClosedForm]:
+def form_of(plain_key: FormKey, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], ClosedForm]:
     """A function from a Llama's layers and their checkpointing to its form, which its making has checked."""
 
     @cache
     def find(layers: int, checkpointing: str) -> ClosedForm:
         folder = tmp_path_factory.mktemp("llama")
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", **llama(layers)}))
-        traced = make_form(key(model=str(folder), checkpointing=checkpointing))
+        traced = make_form(replace(plain_key, model=str(folder), checkpointing=checkpointing))
         assert traced.form is not None, traced.how
         return traced.form
 
     return find
-
-
-def key(**more: Any) -> FormKey:
-    usual: dict[str, Any] = {
-        "model": None,
-        "vision": None,
-        "language": None,
-        "projector": None,
-        "vision_feature_layer": -2,
-        "vision_feature_select": "patch",
-        "expert_count": 0,
-        "expert_top_k": 0,
-        "expert_layers": "",
-        "trained": ("language", "head"),
-        "frozen": (),
-        "attention": "sdpa",
-        "loss": "full",
-        "optimizer": "adamw-fused",
-        "checkpointing": "none",
-        "vision_checkpointing": "none",
-        "precision": "bfloat16",
-        "capability": (8, 0),
-        "image_size": (),
-        "one_sample": False,
-        "images": 0,
-    }
-    return FormKey(**{**usual, **more})
 
 
 @pytest.mark.parametrize(("layers", "checkpointing"), CASES)
@@ -290,15 +264,16 @@ def test_a_copy_of_an_offloaded_input_is_an_activation_of_its_block(form_of: Cal
 
 
 @pytest.mark.slow
-def test_an_upcycled_llava_has_a_form(tmp_path: Path) -> None:
+def test_an_upcycled_llava_has_a_form(plain_key: FormKey, tmp_path: Path) -> None:
     """One block of three has experts and another one is recomputed: a unit of three."""
     vision = {"model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 140, "patch_size": 14, **SIZES}
     language = {"model_type": "phi", "vocab_size": 503, "num_hidden_layers": 19, **SIZES}
     for name, config in {"vision": vision, "language": language}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    folders = {name: str(tmp_path / name) for name in ("vision", "language")}
-    parts = {"trained": ("projector", "experts", "router"), "frozen": ("vision", "language", "head"), "projector": "mlp2x_gelu"}
+    folders: dict[str, Any] = {name: str(tmp_path / name) for name in ("vision", "language")}
+    parts: dict[str, Any] = {"projector": "mlp2x_gelu", "vision_feature_layer": -2, "vision_feature_select": "patch"}
+    parts |= {"trained": ("projector", "experts", "router"), "frozen": ("vision", "language", "head")}
     experts = {"expert_count": 4, "expert_top_k": 2, "expert_layers": json.dumps(list(range(1, 19, 3))), "images": 2}
-    traced = make_form(key(**folders, **parts, **experts, checkpointing="every-3"))
+    traced = make_form(replace(plain_key, **folders, **parts, **experts, checkpointing="every-3"))
     assert traced.form is not None, traced.how

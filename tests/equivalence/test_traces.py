@@ -321,8 +321,20 @@ def test_nothing_is_left_out_of_a_trace_of_all_layers() -> None:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Traced]:
+def make(plain_key: FormKey, tmp_path: Path) -> Callable[..., Traced]:
     """Makes the form of LLaVA with a small tower and Llama; the configurations and the key may differ from the usual."""
+    llava = replace(
+        plain_key,
+        projector="mlp2x_gelu",
+        vision_feature_layer=-2,
+        vision_feature_select="patch",
+        trained=("projector", "language", "head"),
+        frozen=("vision",),
+        loss="chunked",
+        checkpointing="blocks",
+        one_sample=True,
+        images=1,
+    )
 
     def run(tower: dict[str, Any] | None = None, language: dict[str, Any] | None = None, **more: Any) -> Traced:
         folders = {}
@@ -330,35 +342,9 @@ def make(tmp_path: Path) -> Callable[..., Traced]:
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / "config.json").write_text(json.dumps(config))
             folders[name] = str(tmp_path / name)
-        return make_form(replace(key(**folders), **more))
+        return make_form(replace(llava, **folders, **more))
 
     return run
-
-
-def key(vision: str, language: str) -> FormKey:
-    return FormKey(
-        model=None,
-        vision=vision,
-        language=language,
-        projector="mlp2x_gelu",
-        vision_feature_layer=-2,
-        vision_feature_select="patch",
-        expert_count=0,
-        expert_top_k=0,
-        expert_layers="",
-        trained=("projector", "language", "head"),
-        frozen=("vision",),
-        attention="sdpa",
-        loss="chunked",
-        optimizer="adamw-fused",
-        checkpointing="blocks",
-        vision_checkpointing="none",
-        precision="bfloat16",
-        capability=(8, 0),
-        image_size=(),
-        one_sample=True,
-        images=1,
-    )
 
 
 def test_a_form_is_made_and_checked(make: Callable[..., Traced]) -> None:

@@ -31,30 +31,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def key(folder: Path) -> FormKey:
-    return FormKey(
-        model=str(folder),
-        vision=None,
-        language=None,
-        projector=None,
-        vision_feature_layer=0,
-        vision_feature_select="",
-        expert_count=0,
-        expert_top_k=0,
-        expert_layers="",
-        trained=("language", "head"),
-        frozen=(),
-        attention="sdpa",
-        loss="full",
-        optimizer="adamw-fused",
-        checkpointing="none",
-        vision_checkpointing="none",
-        precision="bfloat16",
-        capability=(8, 0),
-        image_size=(),
-        one_sample=False,
-        images=0,
-    )
+def key(plain_key: FormKey, folder: Path) -> FormKey:
+    return dataclasses.replace(plain_key, model=str(folder))
 
 
 class Maker:
