@@ -37,6 +37,8 @@ def plain_key() -> FormKey:
         expert_count=0,
         expert_top_k=0,
         expert_layers="",
+        lora="",
+        quantization="",
         trained=("language", "head"),
         frozen=(),
         attention="sdpa",
@@ -54,8 +56,12 @@ def plain_key() -> FormKey:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Traces are cached where no earlier run and no other checkout has left any; processes of one run share them."""
+    """Traces are cached where no earlier run and no other checkout has left any; processes of one run share them.
+
+    What was measured on this machine is nobody's business here, so there is no such file either.
+    """
     own = tmp_path_factory.getbasetemp()
+    os.environ["XDG_CONFIG_HOME"] = str(own / "config")
     os.environ["XDG_CACHE_HOME"] = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache")
 
 

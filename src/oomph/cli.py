@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from oomph.errors import UserError
+from oomph.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from oomph.core.forms import FormKey, Traced
+    from oomph.live.generate import Conversation
     from oomph.recipe import Recipe
-    from oomph.records import Plan
+    from oomph.records import Measurement, Plan
+    from oomph.run_records import EvaluationRecord, RunSummary, StepRecord
 
 WIDEST = 100
 
@@ -59,6 +62,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         code: int | None = app(args=list(arguments), prog_name="oomph", standalone_mode=False)
+    except RunError as error:
+        return _refuse(error, 1)
     except UserError as error:
         return _refuse(error)
     except _UsageError as error:
@@ -120,18 +125,207 @@ def _plan(
     return 0 if plan.fits else 1
 
 
-@app.command("report", cls=_Command, short_help="Print a plan again.")
+@app.command("measure", cls=_Command, short_help="Run a recipe's step and compare it with its prediction.")
+def _measure(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, as micro_batch=4.")
+    ] = None,
+    stages: Annotated[
+        list[str] | None, typer.Option("--stage", metavar="NAME", help="Measure this stage and not the first; or several.")
+    ] = None,
+    keep: Annotated[str | None, typer.Option("--keep", metavar="FILE", help="Append what is measured to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Run growing micro-batches of a stage, on the GPU or else on the CPU, and compare their memory with the prediction.
+
+    Exit codes: 0 all are within the error bound, 1 one is not or failed, 2 wrong usage or input, 3 a mistake of ours.
+    """
+    from oomph.core.forms import CachedForms
+    from oomph.core.kept import Kept
+    from oomph.core.measuring import measure
+    from oomph.recipe import load, override
+
+    asked = override(load(recipe), settings or [])
+    names = _known(asked, stages or [])
+    kept = Kept(asked, Path(keep), _notify) if keep is not None else None
+    with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints is no result
+        from oomph.live.hardware import machine
+        from oomph.live.measure import measure_apart
+
+        source = CachedForms(_make_forms, _notify)
+        done = kept.keep if kept else lambda measurement: None
+        measured = measure(asked, source, machine(), measure_apart, names, done, _notify)
+    _answer(measured, as_json)
+    return 0 if measured.within and not (kept and kept.lost) else 1
+
+
+@app.command("train", cls=_Command, short_help="Train a recipe's stages.")
+def _train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, as data.max_tokens=1024.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="The run's folder, else runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    memory_limit: Annotated[
+        str | None, typer.Option("--memory-limit", metavar="SIZE", help="Take no more memory than this, as 2GiB.")
+    ] = None,
+    check_data: Annotated[bool, typer.Option("--check-data", help="Check all data and say what it amounts to.")] = False,
+    stages: Annotated[
+        list[str] | None, typer.Option("--stage", metavar="NAME", help="With --check-data: check this stage; or several.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Train the stages of a recipe, each from the last one's weights, on the GPU or else on the CPU.
+
+    Exit codes: 0 all is trained, 1 the run could not go on, 2 wrong usage or input, 3 a mistake of ours, 130 interrupted.
+    """
+    from oomph.recipe import load, override
+
+    asked = override(load(recipe), settings or [])
+    if check_data:
+        if output is not None or resume or memory_limit is not None or as_json:
+            raise UserError("--check-data trains nothing and goes with --stage alone", "leave the other flags out")
+        return _check_data(asked, _known(asked, stages or []))
+    if stages:
+        raise UserError("--stage goes with --check-data alone: a run has all stages", "leave it out")
+    limit = _limit(memory_limit)
+    again = ["oomph", "train", recipe, *(settings or []), *(["--output", output] if output is not None else [])]
+    again += ["--memory-limit", memory_limit] if memory_limit is not None else []
+    return _run(asked, Path(output) if output is not None else None, resume, limit, shlex.join([*again, "--resume"]), as_json)
+
+
+def _check_data(recipe: Recipe, names: list[str] | None) -> int:
+    """Checks the data of a recipe's stages: every sample, every image, and what becomes of them."""
+    with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints is no result
+        from oomph.live.data.checking import check_data, describe
+
+        summaries = check_data(recipe, names, _notify)
+    _print(describe(summaries))
+    return 0
+
+
+def _run(recipe: Recipe, output: Path | None, resume: bool, limit: int | None, again: str, as_json: bool) -> int:
+    """Trains a recipe and prints the summary; says how to go on after an interruption."""
+    from oomph.core.forms import CachedForms
+    from oomph.report.progress import Screen
+
+    screen = Screen()
+    with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints is no result
+        from oomph.live.trainer import Interrupted, Options, train
+
+        options = Options(output, resume, limit)
+        try:
+            summary = train(recipe, CachedForms(_make_forms, _notify), options, screen, _draw)
+        except Interrupted:
+            _notify(f"what was trained is saved; to go on: {again}")
+            return 130
+    _answer(summary, as_json)
+    return 0
+
+
+def _draw(lines: Sequence[StepRecord | EvaluationRecord], name: str, folder: Path) -> None:
+    """Draws the curves of a run. Without room for them it is as good a run."""
+    from oomph.report.curves import draw
+
+    try:
+        draw(lines, name, folder)
+    except OSError as error:
+        _notify(f"the pictures of the run are not drawn: {error.strerror or error}")
+
+
+def _limit(text: str | None) -> int | None:
+    """A size in bytes.
+
+    Raises:
+        UserError: it is none, or nothing.
+    """
+    from oomph.units import parse_size
+
+    try:
+        limit = None if text is None else parse_size(text)
+    except ValueError as error:
+        raise UserError(f"--memory-limit {error}") from None
+    if limit == 0:
+        raise UserError("--memory-limit 0 leaves no memory to train in", "write a size, for example 2GiB")
+    return limit
+
+
+@app.command("chat", cls=_Command, short_help="Talk to a trained model.")
+def _chat(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The model's folder.")],
+    images: Annotated[list[str] | None, typer.Option("--image", metavar="FILE", help="Show it a picture; or several.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask this alone, and leave.")] = None,
+) -> int:
+    """Talk to a trained model: each line that is typed is answered, until the end of input or Ctrl-C.
+
+    Exit codes: 0 it has answered, 2 wrong usage or input, 3 a mistake of ours.
+    """
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt is empty", "give it a question, or leave it out to talk")
+    with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints is no answer
+        from oomph.live.generate import Conversation, open_answerer
+
+        pictures = [Path(name).expanduser() for name in images or []]
+        conversation = Conversation(open_answerer(folder, max(1, len(pictures)), _notify), pictures)
+    if prompt is not None:
+        _ask(conversation, prompt, False)
+        return 0
+    asks = sys.stdin is not None and sys.stdin.isatty()
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            question = input("> " if asks else "")
+            if question.strip():
+                _ask(conversation, question, asks)
+    if asks:
+        _stream("\n")
+    return 0
+
+
+def _ask(conversation: Conversation, question: str, may_ask_again: bool) -> None:
+    """Prints an answer as it comes. A question that cannot be asked is no end where another can be typed."""
+    try:
+        conversation.ask(question, _stream)
+        _stream("\n")
+    except UserError as error:
+        if not may_ask_again:
+            raise
+        _refuse(error)
+
+
+@app.command("eval", cls=_Command, short_help="Count the right answers of a trained model.")
+def _eval(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="The model's folder.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file of conversations: LLaVA's JSON or JSONL.")],
+    images: Annotated[str | None, typer.Option("--images", metavar="DIR", help="The folder of their pictures.")] = None,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Ask this many questions at a time.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document with all answers.")] = False,
+) -> int:
+    """Ask a trained model every question of a data file, and compare its answers with those in the file.
+
+    Exit codes: 0 all are answered, right or wrong, 2 wrong usage or input, 3 a mistake of ours.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints is no result
+        from oomph.live.questions import describe, evaluate
+
+        evaluation = evaluate(folder, data, images, batch, _notify, _progress)
+    _print(json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False) + "\n" if as_json else describe(evaluation))
+    return 0
+
+
+@app.command("report", cls=_Command, short_help="Print a plan, a measurement or a run again.")
 def _report(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="What `oomph plan --json` wrote; `-` reads standard input.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What --json wrote; `-` reads standard input.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document again.")] = False,
 ) -> int:
-    """Print a plan that was saved as JSON, as `oomph plan` would.
+    """Print a plan, a measurement or a run that was saved as JSON, as the command that made it would.
 
     Exit codes: 0 it is printed, whatever it says, 2 wrong usage or input, 3 a mistake of ours.
     """
-    from oomph.report.reading import read_plan
+    from oomph.report.reading import read_record
 
-    _answer(read_plan(file), as_json)
+    _answer(read_record(file), as_json)
     return 0
 
 
@@ -167,24 +361,31 @@ def _notify(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
 
-def _answer(plan: Plan, as_json: bool) -> None:
-    """Prints a plan as JSON or as text."""
+def _answer(record: Plan | Measurement | RunSummary, as_json: bool) -> None:
+    """Prints a record as JSON or as text."""
     if as_json:
-        _print(json.dumps(plan.to_json(), indent=2) + "\n")
+        _print(json.dumps(record.to_json(), indent=2) + "\n")
     else:
-        _show(plan)
+        _show(record)
 
 
-def _show(plan: Plan) -> None:
-    """Prints a plan as text, in colour where the terminal has it and the user has not said no."""
+def _show(record: Plan | Measurement | RunSummary) -> None:
+    """Prints a record as text, in colour where the terminal has it and the user has not said no."""
     from rich.console import Console
 
-    from oomph.report.text import render
+    from oomph.records import Measurement, Plan
+    from oomph.report import measurement, run, text
 
     console = Console()
     color = console.color_system is not None and not console.no_color
     width = min(shutil.get_terminal_size().columns, WIDEST) if sys.stdout is not None and sys.stdout.isatty() else 80
-    _print(render(plan, width, color), color)
+    if isinstance(record, Plan):
+        shown = text.render(record, width, color)
+    elif isinstance(record, Measurement):
+        shown = measurement.render(record, width, color)
+    else:
+        shown = run.render(record, width, color)
+    _print(shown, color)
 
 
 def _print(text: str, color: bool = False) -> None:
@@ -202,9 +403,22 @@ def _print(text: str, color: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _refuse(error: UserError) -> int:
+def _stream(text: str) -> None:
+    """Writes a piece of an answer at once, without what would steer a terminal."""
+    _print("".join(letter for letter in text if letter.isprintable() or letter in "\n\t"))
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+
+
+def _progress(done: int, of: int) -> None:
+    """Shows how many questions are answered, where somebody looks on."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        typer.echo(f"\r{done:,} of {of:,} questions" + "\n" * (done == of), nl=False, err=True)
+
+
+def _refuse(error: UserError, code: int = 2) -> int:
     typer.echo(error.render(), err=True)
-    return 2
+    return code
 
 
 def _usage(error: Any) -> UserError:

@@ -30,3 +30,7 @@ class UserError(Exception):
 
 class UntraceableError(UserError):
     """The model's own code cannot run on fake tensors (data-dependent shapes, custom kernels)."""
+
+
+class RunError(UserError):
+    """A run that could not go on, though what was asked for was right: exit code 1."""

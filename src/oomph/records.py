@@ -7,6 +7,7 @@ cannot disagree about what was meant.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ Checkpointing = Literal["none", "every-4", "every-3", "every-2", "blocks", "bloc
 VisionCheckpointing = Literal["none", "blocks"]
 Attention = Literal["sdpa", "flash", "efficient", "eager", "eager-fp32"]
 Loss = Literal["full", "full-shifted", "chunked"]
-Precision = Literal["bfloat16", "float32"]
-Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop"]
+Precision = Literal["bfloat16", "float16", "float32", "bfloat16-mixed", "float16-mixed"]
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop", "adamw-8bit", "adamw-8bit-paged"]
+Quantized = Literal["nf4", "int8"]
 Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2-no-reshard", "fsdp2-hybrid"]
 
 
@@ -241,7 +243,7 @@ class StagePlan(Record):
 
     `ladder` has rungs that fit, the fastest first. They keep what the recipe pins as long as anything fits with it; then
     `unpinned` is the fastest configuration without pins, if it is faster. `nearest` is the choice that needs least where
-    nothing fits.
+    nothing fits. `made` says in words what the stage makes of the model before it trains: experts, quantized weights, adapters.
     """
 
     name: str
@@ -260,6 +262,7 @@ class StagePlan(Record):
     suggestions: tuple[Suggestion, ...] = ()
     search: Search | None = None
     fit: Fit | None = None
+    made: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -288,6 +291,116 @@ class Plan(Record):
     def fits(self) -> bool:
         """Whether every stage fits as it was asked for."""
         return all(stage.prediction.fits for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class MeasuredRung(Record):
+    """A micro-batch that was run: what was predicted, what was measured, and what else was seen meanwhile.
+
+    `predicted` and `measured` have the peaks over the whole run: loading, warm-up step, step and evaluation. `measured` is
+    None where the run failed, which `failure` says in words. `process_peak_bytes` is the process's own peak: of the card's
+    memory as the driver counts it, on the CPU of resident memory. `outside_bytes` of the card are the process's and not the
+    allocator's. `utilisation` is the share of the time in which the device was busy, `sm_activity` the share of its
+    multiprocessors that were, both over the timed steps.
+    """
+
+    choice: Choice
+    predicted: Footprint
+    bound_bytes: int
+    measured: Footprint | None
+    process_peak_bytes: int | None = None
+    outside_bytes: int | None = None
+    step_seconds: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    utilisation: float | None = None
+    sm_activity: float | None = None
+    failure: str = ""
+
+    @property
+    def within(self) -> bool:
+        """Whether both peaks are no further from the prediction than its error bound."""
+        if self.measured is None:
+            return False
+        pairs = (
+            (self.predicted.allocated_peak_bytes, self.measured.allocated_peak_bytes),
+            (self.predicted.reserved_peak_bytes, self.measured.reserved_peak_bytes),
+        )
+        return all(abs(predicted - measured) <= self.bound_bytes for predicted, measured in pairs)
+
+
+@dataclass(frozen=True)
+class MeasuredStage(Record):
+    """One stage's rungs, the smallest micro-batch first, and why there are no more of them."""
+
+    name: str
+    samples_tokens: int
+    images_per_sample: int
+    rungs: tuple[MeasuredRung, ...]
+    stopped: str
+
+
+@dataclass(frozen=True)
+class Measurement(Record):
+    """`oomph measure`'s answer, and its ``--json``.
+
+    `device` is ``cuda`` or ``cpu``. `gpu` is the card that was measured, by its name in the catalogue where that has it; on the
+    CPU, the processor. `notes` say where what was measured is not what the recipe names. `date` is ISO 8601.
+    """
+
+    recipe: str
+    device: Literal["cuda", "cpu"]
+    gpu: str
+    driver: str
+    cuda: str
+    stages: tuple[MeasuredStage, ...]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+    date: str
+    kind: Literal["measurement"] = "measurement"
+    schema: int = SCHEMA
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The measurement that ``to_json`` wrote.
+
+        Raises:
+            ValueError: as for every record, or the schema number is not the one that this version reads.
+        """
+        if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError(f"Measurement.schema: {data['schema']!r} comes from another version; this one reads {SCHEMA}")
+        return super().from_json(data)
+
+    @property
+    def within(self) -> bool:
+        """Whether every stage was measured, and every rung is within its error bound."""
+        return all(stage.rungs and all(rung.within for rung in stage.rungs) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Recovery(Record):
+    """Memory ran out in a step, and what was done about it: a prediction that was wrong, and by how much.
+
+    `kind` is who ran out: the ``allocator``, or the ``accelerator``'s runtime or a library; ``retries`` where the allocator
+    served every request, but had to give back first what it kept for later, so that the next step takes less and this one is
+    not redone. `phase` is ``forward``, ``recompute``, ``backward``, ``clip`` or ``step``. `predicted_bytes` are those of the
+    micro-batch, `limit_bytes` what it might have taken, `measured_bytes` the most that was taken until then, where it is
+    counted. Splits have positions in the step's samples; `to_split` is empty where nothing was left to train on.
+    """
+
+    step: int
+    micro_batch: int
+    kind: Literal["allocator", "accelerator", "retries"]
+    phase: str
+    module: str
+    message: str
+    predicted_bytes: int
+    limit_bytes: int
+    measured_bytes: int | None
+    from_choice: Choice
+    to_choice: Choice
+    from_split: tuple[tuple[int, ...], ...]
+    to_split: tuple[tuple[int, ...], ...]
 
 
 def _plain(value: Any) -> Any:
@@ -326,7 +439,12 @@ def _parse(kind: Any, data: Any, path: str) -> Any:
     raise ValueError(f"{path}: {data!r} is not of type {getattr(origin or kind, '__name__', kind)}")
 
 
-def _parse_record(kind: type[Any], data: Any, path: str) -> Any:
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _parse_record(kind: Any, data: Any, path: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: {kind.__name__} is read from an object, not from {type(data).__name__}")
     known = dataclasses.fields(kind)
@@ -337,5 +455,5 @@ def _parse_record(kind: type[Any], data: Any, path: str) -> Any:
     missing = required - set(data)
     if missing:
         raise ValueError(f"{path}: {kind.__name__} lacks {', '.join(sorted(missing))}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in data.items()})

@@ -22,6 +22,20 @@ COMMANDS = {
         "--json",
         "--help",
     },
+    "measure": {"RECIPE", "[KEY=VALUE]...", "--stage", "--keep", "--json", "--help"},
+    "train": {
+        "RECIPE",
+        "[KEY=VALUE]...",
+        "--output",
+        "--resume",
+        "--memory-limit",
+        "--check-data",
+        "--stage",
+        "--json",
+        "--help",
+    },
+    "chat": {"FOLDER", "--image", "--prompt", "--help"},
+    "eval": {"FOLDER", "DATA", "--images", "--batch", "--json", "--help"},
     "report": {"FILE", "--json", "--help"},
 }
 

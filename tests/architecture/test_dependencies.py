@@ -6,7 +6,19 @@ import re
 import tomllib
 from pathlib import Path
 
-RUN_TIME = {"numpy", "pydantic", "pyyaml", "rich", "safetensors", "torch", "transformers", "typer"}
+RUN_TIME = {
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "torch",
+    "transformers",
+    "typer",
+}
 
 
 def test_the_run_time_dependencies_are_these(root: Path) -> None:

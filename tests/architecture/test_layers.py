@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 # From the bottom to the top. The words stand in their own order; a folder is one layer.
-WORDS = ["oomph.units", "oomph.errors", "oomph.records", "oomph.recipe"]
+WORDS = ["oomph.units", "oomph.errors", "oomph.records", "oomph.run_records", "oomph.recipe"]
 MAY_IMPORT = {
     "oomph.units": [],
     "oomph.errors": WORDS[:1],
     "oomph.records": WORDS[:2],
+    "oomph.run_records": WORDS[:3],
     "oomph.recipe": WORDS,
     "oomph.core": [*WORDS, "oomph.core"],
     "oomph.live": [*WORDS, "oomph.core", "oomph.live"],
@@ -27,8 +28,8 @@ MAY_IMPORT = {
 THIRD_PARTY = {
     "oomph.recipe": {"pydantic", "pydantic_core", "yaml"},
     "oomph.core": {"numpy"},
-    "oomph.live": {"numpy", "safetensors", "torch", "transformers"},
-    "oomph.report": {"rich"},
+    "oomph.live": {"PIL", "jinja2", "numpy", "safetensors", "torch", "transformers"},
+    "oomph.report": {"matplotlib", "rich"},
     "oomph.cli": {"rich", "typer"},
 }
 

@@ -125,8 +125,8 @@ def test_numbers_in_the_table_of_comparisons(root: Path, pages: dict[str, Any]) 
     requests = sum(action == "a" for trace in traces for action, *_ in trace["events"])
     assert len(traces) == 3
     assert f"three snapshots of real GPU runs, {requests:,} requests" in text
-    compared = [row for row in pages["docs/accuracy.md"].table("LoRA steps on a Tesla T4") if len(row) == 5]
-    equal = [sum(row[column] == "+0" for row in compared) for column in (2, 4)]
-    assert equal[0] == len(compared)
-    assert f"equal to the byte in all {len(compared)} rows, of reserved bytes in {equal[1]}" in text
+    compared = pages["docs/accuracy.md"].table("16-bit weights")
+    assert all(error == "+0" for row in compared for error in row[3:])
+    every = f"equal to the byte in all {len(compared)} configurations with 16-bit weights"
+    assert f"{every}, reserved bytes and every phase too" in text
     assert f"in {len(json.loads((folder / 'sharding.json').read_text(encoding='utf-8'))['rows'])} layouts" in text

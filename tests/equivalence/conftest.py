@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ from oomph.core.layout import Shape, lay_out
 from oomph.live.batch import Images, images_of
 from oomph.live.checkpointing import apply_checkpointing
 from oomph.live.model import build, part_finder
-from oomph.live.simulate import Setup, Simulator, make_optimizer
+from oomph.live.optimizers import make_optimizer
+from oomph.live.precision import Arithmetic, arithmetic_of
+from oomph.live.simulate import Setup, Simulator
 from oomph.live.step import LOSSES, train_step
 from oomph.records import Choice
 
@@ -72,21 +74,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a configuration in a precision, the parts that are frozen, the knobs, the micro-batch's shape."""
+    """What is trained: a configuration, the parts that are frozen, the knobs, the micro-batch's shape."""
 
     config: PretrainedConfig
-    dtype: torch.dtype
     frozen: tuple[str, ...]
     setup: Setup
     shape: Shape
 
     def model(self) -> PreTrainedModel:
         """The model on the ``meta`` device."""
-        model = build(self.config, self.dtype, self.setup.attention)
+        model = build(self.config, self.arithmetic.frozen, self.setup.attention)
         part = part_finder(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(part(name) not in self.frozen)
+        self.arithmetic.lift(model, part)
         return model
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What the step computes in."""
+        return arithmetic_of(self.setup.precision)
 
     def images(self) -> Images | None:
         """How the model takes images."""
@@ -108,6 +115,31 @@ def run_twice() -> Callable[[Case], tuple[Step, Step]]:
             return _traced_step(case), _measured_step(case)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def measure() -> Callable[[Callable[[], Callable[[], None]]], Step]:
+    """A function from what makes a step to its second run for real, as one phase, ``step``."""
+
+    def run(make: Callable[[], Callable[[], None]]) -> Step:
+        def two_steps() -> None:
+            step = make()
+            for number in range(2):
+                _mark(number, "step", 0)
+                step()
+            _mark(1, "evaluate", 0)
+            _mark(1, "end", 0)
+
+        with _reproducible():
+            return _measured(two_steps)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reproducible() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which a step on the CPU allocates the same each time."""
+    return _reproducible
 
 
 @contextmanager
@@ -163,8 +195,13 @@ def _traced_event(events: Events, entry: int) -> Event:
 
 def _measured_step(case: Case) -> Step:
     """The second of two real steps, as PyTorch's profiler reports it."""
+    return _measured(lambda: _two_steps(case))
+
+
+def _measured(two_steps: Callable[[], None]) -> Step:
+    """The second of two real steps that a function runs and marks."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _two_steps(case)
+        two_steps()
     rows = sorted(_rows(profiler), key=lambda row: row.time)
     assert len({row.thread for row in rows}) == 1, "the backward ran on a thread of its own"
     return _second_step(rows)
@@ -180,6 +217,7 @@ def _two_steps(case: Case) -> None:
             buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
     apply_checkpointing(model, case.setup.checkpointing, case.setup.vision_checkpointing)
     optimizer = make_optimizer(model, case.setup.optimizer)
+    around_forward, scaler = partial(case.arithmetic.around_forward, "cpu"), case.arithmetic.make_scaler("cpu")
     images, samples, tokens = case.images(), case.shape.samples, case.shape.tokens
     last = case.config.get_text_config().vocab_size - 1
 
@@ -188,16 +226,18 @@ def _two_steps(case: Case) -> None:
         batch = {name: torch.empty(size, dtype=torch.long).random_(0, last, generator=random) for name in names}
         if images is not None:
             batch["input_ids"][:, : images.tokens * case.shape.images // samples] = last
-            batch |= images.inputs(case.shape.images, case.dtype)
+            batch |= images.inputs(case.shape.images, case.arithmetic.inputs)
             batch["pixel_values"].normal_(generator=random)
         return batch
 
     for step in range(2):
         batches, count = [collate] * MICRO_BATCHES, MICRO_BATCHES * samples * tokens
-        train_step(model, optimizer, batches, LOSSES[case.setup.loss], count, on=lambda *at, step=step: _mark(step, *at))
+        settings: dict[str, Any] = {"around_forward": around_forward, "scaler": scaler}
+        loss = LOSSES[case.setup.loss]
+        train_step(model, optimizer, batches, loss, count, on=lambda *at, step=step: _mark(step, *at), **settings)
     _mark(1, "evaluate", 0)
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), around_forward():
         LOSSES[case.setup.loss](model, collate(), samples * tokens)
     _mark(1, "end", 0)
 
@@ -226,13 +266,18 @@ def _rows(profiler: Any) -> Iterator[_Row]:
             yield _Row(event.start_time_ns, event.start_tid, extra.alloc_size, extra.ptr, name, call)
         elif event.name.startswith(MARK):
             yield _Row(event.start_time_ns, event.start_tid, 0, 0, event.name.removeprefix(MARK), 0)
-        elif not call and _reaches_a_tracer(event.name):
+        elif not call and _reaches_a_tracer(event.name) and not _calls_itself(event):
             name, call = event.name, event.id
         for child in event.children:
             yield from visit(child, name, call)
 
     for root in profiler.profiler.kineto_results.experimental_event_tree():
         yield from visit(root, "", 0)
+
+
+def _calls_itself(event: Any) -> bool:
+    """Whether the event calls the operator anew: autocast does, once it has cast the arguments, and one overload another."""
+    return any(child.name == event.name for child in event.children)
 
 
 @cache

@@ -24,8 +24,10 @@ from oomph.live.batch import images_of
 from oomph.live.checkpointing import apply_checkpointing
 from oomph.live.memo import Memo
 from oomph.live.model import build, compose_llava
-from oomph.live.simulate import Setup, Simulator, make_optimizer
+from oomph.live.optimizers import make_optimizer
+from oomph.live.simulate import Setup, Simulator
 from oomph.live.step import LOSSES, train_step
+from oomph.live.tensors import dtype_name
 from oomph.live.work import Meter
 
 WHOLE = 1 << 20
@@ -60,7 +62,8 @@ def traced(
 ) -> Trace:
     """A step on fake tensors."""
     vision = "blocks" if checkpointing != "none" else "none"
-    setup = Setup(attention, loss, "adamw-fused", checkpointing, vision, capability)
+    precision: Any = dtype_name(dtype)
+    setup = Setup(attention, loss, "adamw-fused", checkpointing, vision, capability, precision=precision)
     images = images_of(config, None) if hasattr(config, "vision_config") else None
     shape = shape if images is not None else shape._replace(images=0)
     return Simulator(build(config, dtype, attention), setup, units, images).trace(shape)

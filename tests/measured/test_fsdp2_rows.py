@@ -37,7 +37,8 @@ from oomph.live.checkpointing import apply_checkpointing
 from oomph.live.cuda_rules import as_unwatched
 from oomph.live.layers import find_stacks
 from oomph.live.model import build, compose_llava
-from oomph.live.simulate import Setup, Simulator, make_optimizer
+from oomph.live.optimizers import make_optimizer
+from oomph.live.simulate import Setup, Simulator
 from oomph.live.step import LOSSES, train_step
 from oomph.live.tensors import tensors_in
 from oomph.records import Choice
@@ -94,7 +95,8 @@ class Trained:
     @cache  # noqa: B019 - a handful of them, as long as the tests
     def form(self) -> ClosedForm:
         """The step as traced on fake tensors, as the tracer sees it on the CPU."""
-        setup = Setup("sdpa", self.loss, self.optimizer, self.checkpointing, self.checkpointing, None)
+        knobs = "sdpa", self.loss, self.optimizer, self.checkpointing, self.checkpointing
+        setup = Setup(*knobs, None, precision="bfloat16" if self.dtype is HALF else "float32")  # type: ignore[arg-type]
         return constant_form(Simulator(self.model(), setup, WHOLE, self.images()).trace(self.shape))
 
 

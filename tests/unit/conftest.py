@@ -356,6 +356,17 @@ class Decoder(Writer):
             else:
                 self.free(gradient)
 
+    def eight_bits(self, parameter: int, variant: str) -> None:
+        """A parameter's states as bitsandbytes has them, and the maps with the first one that takes them."""
+        (module, layer), elements = self.place(parameter), self.form.parameters[parameter].numel
+        whole, managed = elements < 4096, variant == "8bit-paged" and elements >= 100_000
+        if not whole and not any(kind.op == "map" for kind in self.form.kinds):
+            self.new("optimizer", 2, 256, itemsize=4, op="map")
+        for _ in range(0 if managed else 2):
+            self.new("optimizer", elements, itemsize=4 if whole else 1, module=module, layer=layer, parameter=parameter)
+        for _ in range(0 if whole else 2):
+            self.new("optimizer", -(-elements // 256), itemsize=4, module=module, layer=layer, parameter=parameter)
+
     def optimizer(self, warmup: bool) -> None:
         """The moments that are made once, and what the kind of the optimizer makes in every step."""
         self.enter("optimizer")
@@ -366,9 +377,12 @@ class Decoder(Writer):
             if warmup:
                 if variant == "fused":
                     self.new("optimizer", itemsize=4, module=module, layer=layer, parameter=parameter)
-                self.like("optimizer", parameter, "aten.exp_avg")
-                self.like("optimizer", parameter, "aten.exp_avg_sq")
-            if variant != "fused":
+                if variant.startswith("8bit"):
+                    self.eight_bits(parameter, variant)
+                else:
+                    self.like("optimizer", parameter, "aten.exp_avg")
+                    self.like("optimizer", parameter, "aten.exp_avg_sq")
+            if variant in ("foreach", "loop"):
                 temporaries.append(self.like("temporary", parameter))
             if variant == "loop":
                 self.free(temporaries.pop())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from oomph.core.choices import cuts, resolve, with_micro_batch
 from oomph.core.devices import find_gpu
+from oomph.core.eight_bit import EIGHT_BIT
 from oomph.core.events import Events
 from oomph.core.space import KNOBS
 from oomph.core.stage import StageModel
@@ -109,8 +110,15 @@ def live_peak(events: Events) -> int:
     return most
 
 
+ALONE: dict[str, Any] = {"clusters": [(1, 1)], "master_weights": False, "eval_batch": "none"}
+without_sharding = st.one_of(
+    stages(**ALONE, optimizer="adamw-fused"),
+    *(stages(**ALONE, optimizer=optimizer, optimizer_offload=False) for optimizer in EIGHT_BIT),
+)
+
+
 @settings(max_examples=60)
-@given(stages([(1, 1)], optimizer="adamw-fused", master_weights=False, eval_batch="none"), sizes)
+@given(without_sharding, sizes)
 def test_a_bound_without_sharding_is_what_lives(by_hand: Any, stage: Wanted, size: dict[str, int]) -> None:
     """But for what an optimizer's step makes for the moment, and for rounding up small parameters and states."""
     model = stage.model(by_hand(by_hand.SIZE(**size)))

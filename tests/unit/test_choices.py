@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import assume, given
@@ -21,7 +21,7 @@ from oomph.core.choices import (
 )
 from oomph.errors import UserError
 from oomph.recipe import KNOBS, Data, Recipe, data_of, load, override, stage_of
-from oomph.records import Choice
+from oomph.records import Choice, Precision
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ T4 = Card("T4", (7, 5))
 PINS: dict[str, list[Any]] = {
     "sharding": ["auto", "none", "ddp", "zero1", "zero3", "fsdp2", "fsdp2-hybrid"],
     "attention": ["auto", "sdpa", "flash", "efficient"],
-    "precision": ["auto", "bfloat16", "float32"],
+    "precision": ["auto", *get_args(Precision)],
     "master_weights": ["auto", True, False],
     "optimizer_offload": ["auto", True, False],
     "checkpointing": ["auto", "none", "every-4"],
+    "optimizer": ["auto", "adamw-foreach", "adamw-8bit", "adamw-8bit-paged"],
 }
 
 
@@ -344,13 +345,22 @@ def test_the_batches_that_are_named_do_work(batch: int, gpus: int, micro_batch: 
         (recipe(gpus=2, sharding="none"), A100, "sharding none is not possible with hardware.gpus 2"),
         (recipe(attention="flash"), T4, "attention flash is not possible with hardware.gpu T4: its compute capability is 7.5"),
         (recipe(precision="bfloat16"), T4, "precision bfloat16 is not possible with hardware.gpu T4"),
+        (recipe(precision="bfloat16-mixed"), T4, "precision bfloat16-mixed is not possible with hardware.gpu T4"),
         (recipe(attention="flash", precision="float32"), A100, "attention flash is not possible with precision float32"),
+        (recipe(precision="bfloat16-mixed", master_weights=True), A100, "master_weights true is not possible with precision"),
+        (recipe(gpus=2, precision="float16-mixed", sharding="zero2", master_weights=False), A100, "DeepSpeed has a mixed"),
+        (recipe(gpus=2, precision="bfloat16-mixed", sharding="fsdp2"), A100, "FSDP2 has a mixed precision of its own"),
+        (recipe(gpus=2, precision="float16", sharding="zero3"), A100, "DeepSpeed scales the loss of float16 models"),
         (recipe(sharding="zero3"), A100, "sharding zero3 is not possible with hardware.gpus 1"),
         (recipe(sharding="fsdp2"), A100, "sharding fsdp2 is not possible with hardware.gpus 1"),
         (recipe(gpus=8, sharding="fsdp2-hybrid"), A100, "sharding fsdp2-hybrid is not possible with hardware.nodes 1"),
         (recipe(gpus=8, nodes=8, sharding="fsdp2-hybrid"), A100, "is not possible with hardware.nodes 8 for 8 GPUs"),
         (recipe(gpus=2, sharding="zero1", master_weights=False), A100, "master_weights false is not possible with sharding ze"),
         (recipe(gpus=2, sharding="zero3", optimizer_offload=True), A100, "optimizer_offload true is not possible with shard"),
+        (recipe(gpus=2, sharding="zero2", optimizer="adamw-8bit"), A100, "adamw-8bit is not possible with sharding zero2"),
+        (recipe(gpus=2, sharding="fsdp2", optimizer="adamw-8bit-paged"), A100, "bitsandbytes updates whole tensors"),
+        (recipe(optimizer_offload=True, optimizer="adamw-8bit"), A100, "optimizer_offload true is not possible with opt"),
+        (recipe(master_weights=True, optimizer="adamw-8bit"), A100, "master_weights true is not possible with optim"),
     ],
 )
 def test_what_cannot_be_names_both_settings(wanted: Recipe, card: Card, says: str) -> None:
@@ -375,6 +385,14 @@ def test_pins_clash_or_make_a_choice_that_has_them(cluster: tuple[int, int], dat
     assert len(set(problems)) == len(problems)
     for problem in problems:
         assert any(f"{knob} {str(value).lower()} " in problem for knob, value in given.items()), problem
+
+
+@pytest.mark.parametrize(("gpus", "sharding"), [(1, "none"), (2, "ddp")])
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "adamw-8bit-paged"])
+def test_whole_parameters_have_states_of_eight_bits(gpus: int, sharding: str, optimizer: str) -> None:
+    choice, reasons = solve(recipe(gpus=gpus, optimizer=optimizer))
+    assert (choice.optimizer, choice.sharding, choice.master_weights) == (optimizer, sharding, False)
+    assert reasons["optimizer"] == "pinned by memory.optimizer"
 
 
 def test_the_hint_names_the_micro_batches_that_work() -> None:
@@ -413,6 +431,16 @@ def test_impossible_pins_are_wrong_input(tmp_path: Path, capsys: Any, settings: 
     assert not out
     assert all(name in err for name in names)
     assert "hint: " in err
+
+
+@pytest.mark.parametrize("precision", ["float16", "float16-mixed"])
+def test_float16_works_on_every_card(precision: str) -> None:
+    for card in (A100, T4):
+        choice, reasons = solve(recipe(precision=precision), card)
+        assert (choice.precision, choice.master_weights) == (precision, False)
+        assert reasons["precision"] == "pinned by memory.precision"
+    assert solve(recipe(gpus=2, precision=precision))[0].sharding == "ddp"
+    assert solve(recipe(precision=precision, attention="flash"))[0].attention == "flash"
 
 
 def test_eager_attention_in_float32_works_on_every_card() -> None:

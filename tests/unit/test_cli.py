@@ -21,7 +21,7 @@ from oomph.core.forms import Traced
 from oomph.errors import UserError
 from oomph.recipe import Recipe
 from oomph.records import Choice, Plan, Prediction, StagePlan
-from oomph.report.reading import parse_plan
+from oomph.report.reading import parse_record
 from oomph.report.text import render
 from oomph.units import GIB
 
@@ -317,7 +317,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, capsys: Any) -> N
 def test_whatever_is_cut_from_a_plan_is_called_cut_off() -> None:
     for end in range(1, len(TEXT)):
         with pytest.raises(UserError, match=r"^plan is cut off"):
-            parse_plan(TEXT[:end], "plan")
+            parse_record(TEXT[:end], "plan")
 
 
 # What only shows from outside: a process of its own, whose planner is the one above.

@@ -24,6 +24,7 @@ from oomph.core.closed_form import (
     features,
     fit,
 )
+from oomph.core.dimensions import feature_table, fit_dimension
 from oomph.core.events import Kind
 from oomph.core.kernel_sizes import SIZES
 from oomph.core.trace import NOWHERE, Parameter, Piece, Stack, Storage, Trace, place
@@ -452,9 +453,19 @@ def alike(family: Family, image_tokens: int) -> set[tuple[str, str]]:
 FAMILIES = [Family(False, images) for images in (0, 2, -2, -8)] + [Family(True, images) for images in (0, 1, 2, -2, -8)]
 
 
-@pytest.mark.xfail(reason="padded tokens look like samples where an image has few tokens", strict=True)
 def test_the_examples_tell_all_features_apart() -> None:
     """Whatever the tokens of an image: a formula that is found by mistake fails its check, and the model has no form."""
     image_tokens = [*range(0, 1200, 7), 2048, 2880, 4096]
     found = {(family, tokens): alike(family, tokens) for family in FAMILIES for tokens in image_tokens}
     assert not {at: names for at, names in found.items() if names}
+
+
+@pytest.mark.parametrize(
+    ("rows", "feature"), [(14, "trained"), (28, "trained"), (10, "trained in float32"), (4, "trained in 16 bits"), (9, "1")]
+)
+def test_rows_for_gradients_of_one_dtype_go_with_their_number(rows: int, feature: str) -> None:
+    table = feature_table([((2, 8, 0), 14, 10), ((3, 9, 0), 14, 10)])
+    found = fit_dimension((rows, rows), table, True, "norms")
+    assert FEATURES[found.feature] == feature
+    assert found.factor * features((5, 7, 0), 14, 10)[feature] == rows
+    assert FEATURES[fit_dimension((rows, rows), table, False, "others").feature] == "1"

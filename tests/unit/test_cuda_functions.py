@@ -51,7 +51,6 @@ def plain(found: Program | None) -> Program | None:
 
 
 @pytest.fixture(autouse=True)
-
 def _fake() -> Iterator[None]:
     with FakeTensorMode():
         yield

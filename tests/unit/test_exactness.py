@@ -74,6 +74,20 @@ def test_other_mathematics_is_said_to_be_that(knobs: dict[str, Any]) -> None:
     assert exactness(ASKED, other(**knobs), False, False).startswith("another mathematics: ")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "adamw-8bit-paged"])
+def test_states_of_eight_bits_are_another_mathematics_wherever_they_lie(optimizer: Any) -> None:
+    small, elsewhere = other(optimizer=optimizer), other(optimizer="adamw-8bit")
+    for pair in ((ASKED, small), (small, ASKED)):
+        assert not is_exact(*pair, False)
+        assert exactness(*pair, False, False).startswith("another mathematics: ")
+    assert is_exact(elsewhere, small, False)
+    same = "the configuration itself" if small == elsewhere else "the same operations on the same numbers"
+    assert exactness(elsewhere, small, False, False) == same
+    moved = other(optimizer="adamw-8bit-paged")
+    assert change("optimizer", elsewhere, moved).startswith("adamw-8bit becomes adamw-8bit-paged: the driver moves ")
+    assert change("optimizer", moved, elsewhere) == "adamw-8bit-paged becomes adamw-8bit: all states stay on the GPU"
+
+
 def test_a_token_may_take_another_expert_where_something_rounds_elsewhere() -> None:
     text = exactness(ASKED, other(attention="sdpa"), True, False)
     assert text == f"{SAME}attention rounds elsewhere; a token whose best experts are nearly equal may take another one"

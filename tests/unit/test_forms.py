@@ -261,6 +261,8 @@ CHANGES: dict[str, Any] = {
     "expert_count": 4,
     "expert_top_k": 2,
     "expert_layers": '"all"',
+    "lora": '{"rank":8}',
+    "quantization": '{"kind":"nf4"}',
     "trained": ("language",),
     "frozen": ("head",),
     "attention": "eager",
@@ -308,15 +310,22 @@ def test_parts_are_told_apart(key: FormKey, folder: Path) -> None:
 
 def test_other_libraries_and_other_code_have_other_names(key: FormKey, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {key.digest()}
-    for library in forms.LIBRARIES:
-        newer = {**forms.versions(), library: "99.0"}
+    current = forms.versions(key.libraries())
+    for library in current:
         with monkeypatch.context() as patch:
-            patch.setattr(forms, "versions", lambda newer=newer: newer)
+            patch.setattr(forms, "versions", lambda _, newer=library: current | {newer: "99.0"})
             names.add(key.digest())
     monkeypatch.setattr(forms, "code_digest", lambda: "other code")
     names.add(key.digest())
-    assert len(names) == 2 + len(forms.LIBRARIES)
-    assert set(forms.versions()) == {"torch", "transformers"}
+    assert len(names) == 2 + len(current)
+
+
+def test_libraries_are_those_whose_code_is_traced(key: FormKey) -> None:
+    assert key.libraries() == ("torch", "transformers")
+    assert dataclasses.replace(key, lora='{"rank": 8}').libraries() == ("torch", "transformers", "peft")
+    assert dataclasses.replace(key, quantization='{"kind": "nf4"}').libraries()[2:] == ("peft", "bitsandbytes")
+    assert dataclasses.replace(key, optimizer="adamw-8bit").libraries()[2:] == ("bitsandbytes",)
+    assert forms.versions(["torch", "no-such-library"]).keys() == {"torch"}
 
 
 def test_names_are_those_of_files(key: FormKey) -> None:

@@ -29,6 +29,8 @@ def test_names_are_stable() -> None:
         *("embedding_column", "embedding_number", "embedding_segments", "embedding_runs", "embedding_unique", "embedding_scan"),
         *("embedding_atomic_runs", "embedding_atomic_sum", "embedding_run_sums", "layer_norm_partials"),
         *("flash_accumulator", "efficient_workspace", "reduction_buffer", "reduction_semaphores"),
+        *("dequantized_weight", "dequantized_scales"),
+        *("cudnn_attention_forward", "cudnn_attention_backward", "convolution_copies"),
     }
 
 
@@ -165,6 +167,11 @@ WIDTH = st.integers(1, 1 << 14)
 DIMENSION = st.integers(1, 256)
 TILE = st.sampled_from([32, 64, 128])
 ANY: dict[str, tuple[st.SearchStrategy[int], ...]] = {
+    "cudnn_attention_forward": (SM,),
+    "cudnn_attention_backward": (SM, *[DIMENSION] * 7),
+    "convolution_copies": (*[DIMENSION] * 6, BYTES),
+    "dequantized_weight": (SM, CARD, st.integers(0, 2), DIMENSION, COUNT, WIDTH, TILE),
+    "dequantized_scales": (SM, CARD, st.integers(0, 2), DIMENSION, COUNT, WIDTH, TILE),
     "radix_sort": (SM, COUNT, BYTES, st.integers(1, 64)),
     "scan": (COUNT, BYTES),
     "unique_by_key": (SM, COUNT),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from oomph.core.choices import clashes, cuts, micro_batch_sizes, resolve, with_micro_batch
 from oomph.core.devices import Gpu, find_gpu, outside
+from oomph.core.eight_bit import EIGHT_BIT
 from oomph.core.ladder import Climbed, climb
 from oomph.core.predict import surely
 from oomph.core.search import ALIKE, APART, STEP
@@ -391,6 +392,28 @@ def test_what_is_not_to_blame_is_no_way_out_by_itself(source: Any) -> None:
     alone = [set(rung.changes) for rung in found.ladder if len(rung.changes) == 1]
     assert {"attention"} in alone
     assert {"optimizer"} not in alone
+
+
+@pytest.mark.parametrize("own", EIGHT_BIT)
+def test_the_ways_out_of_states_of_eight_bits_keep_them(by_hand: Any, own: str) -> None:
+    case = Case(recipe(batch=8, optimizer=own, checkpointing="none", eval_batch="none"), frozenset(KNOBS) - {"checkpointing"})
+    for keep in (case.keep - {"optimizer"}, case.keep - {"optimizer", "loss"}):
+        found = search(replace(case, keep=keep), by_hand(), 0.8)
+        assert found.ladder
+        assert {rung.choice.optimizer for rung in found.ladder} <= {*EIGHT_BIT}
+        assert all(rung.exact for rung in found.ladder)
+
+
+def test_large_states_are_moved_where_they_are_to_blame(by_hand: Any) -> None:
+    """To managed memory and not back, as a change by itself."""
+    source = by_hand(by_hand.SIZE(blocks=4, width=1024, vocabulary=4096))
+    pins = {"checkpointing": "none", "loss": "full", "micro_batch": 2, "eval_batch": "none"}
+    alone = {}
+    for own in EIGHT_BIT:
+        found = search(Case(recipe(batch=8, optimizer=own, **pins), frozenset()), source, 0.9)
+        changes = [rung.changes for rung in found.ladder if set(rung.changes) == {"optimizer"}]
+        alone[own] = [words["optimizer"].partition(":")[0] for words in changes]
+    assert alone == {"adamw-8bit": ["adamw-8bit becomes adamw-8bit-paged"], "adamw-8bit-paged": []}
 
 
 # What is traced.

@@ -350,13 +350,25 @@ def test_a_model_without_a_form_is_evaluated_at_its_own_shape(toy: ClosedForm, e
     assert stage.prediction.evaluation.allocated_peak_bytes == closed.prediction.evaluation.allocated_peak_bytes
 
 
-def test_fewer_tokens_than_the_loss_has_chunks_for_are_traced_at_their_shape(source: FakeSource) -> None:
+def in_chunks(form: ClosedForm) -> FakeSource:
+    """A source of a form whose loss is computed in chunks."""
+    form.formulas.append(Formula((Dimension(FEATURES.index("chunk"), 1, 0),), 1))
+    return FakeSource(form)
+
+
+def test_fewer_tokens_than_the_loss_has_chunks_for_are_traced_at_their_shape(toy: ClosedForm) -> None:
     few = LEAST_ROWS // 2 - 1
+    source = in_chunks(toy)
     (stage,) = make_plan(recipe(micro_batch=2, data={"max_tokens": few}), source).stages
     assert source.shapes() == [(2, few, 0)]
     assert stage.prediction.fits
     make_plan(recipe(micro_batch=2, data={"max_tokens": few + 1}), source)
     assert source.shapes() == [(2, few, 0)]
+
+
+def test_fewer_tokens_with_a_loss_in_one_piece_need_no_trace(source: FakeSource) -> None:
+    make_plan(recipe(micro_batch=2, data={"max_tokens": LEAST_ROWS // 2 - 1}), source)
+    assert source.shapes() == []
 
 
 def test_tokens_for_which_no_mask_is_padded_are_traced_at_their_shape(toy: ClosedForm) -> None:
@@ -373,8 +385,8 @@ def test_tokens_for_which_no_mask_is_padded_are_traced_at_their_shape(toy: Close
     assert source.asked[-1].periodic
 
 
-def test_a_shape_that_was_traced_by_itself_is_said_to_be(source: FakeSource) -> None:
-    (stage,) = make_plan(recipe(micro_batch=2, data={"max_tokens": 100}), source).stages
+def test_a_shape_that_was_traced_by_itself_is_said_to_be(toy: ClosedForm) -> None:
+    (stage,) = make_plan(recipe(micro_batch=2, data={"max_tokens": 100}), in_chunks(toy)).stages
     assert stage.traced == "traced at this very shape"
 
 

@@ -19,10 +19,14 @@ from oomph.records import (
     Fit,
     Footprint,
     Limit,
+    MeasuredRung,
+    MeasuredStage,
+    Measurement,
     PhasePeak,
     Plan,
     Prediction,
     Record,
+    Recovery,
     Request,
     Rung,
     Search,
@@ -43,6 +47,8 @@ SPEED: dict[str, Any] = {
     "gpu_hours": None,
     "seconds": {"compute": 1.5},
 }
+MEASURED = MeasuredRung(STAGE.choice, Footprint(3, 4, (PEAK,)), 1, Footprint(3, 4, (PEAK,)), step_seconds=0.5)
+CLIMB = MeasuredStage("align", 64, 1, (MEASURED,), "micro-batch 8: the recipe's micro-batch")
 EXAMPLES: dict[type[Any], Any] = {
     Choice: STAGE.choice,
     Request: Request(**REQUEST),
@@ -59,6 +65,14 @@ EXAMPLES: dict[type[Any], Any] = {
     Fit: Fit((Card("T4", STAGE.choice, 1, 2),), (Limit("micro_batch", 8, "samples", ""),)),
     Search: Search(4, 1, 1, 1),
     Plan: Plan("recipe.yaml", "A100-40GB", 8, (STAGE,), {"torch": "2.13.0"}),
+    MeasuredRung: MEASURED,
+    MeasuredStage: CLIMB,
+    Measurement: Measurement("tiny", "cuda", "T4", "580.1", "13.0", (CLIMB,), (), {"torch": "2.13.0"}, "2026-01-02"),
+    Recovery: Recovery(
+        **{"step": 7, "micro_batch": 0, "kind": "allocator", "phase": "backward", "module": "head", "message": "out of memory"},
+        **{"predicted_bytes": 3, "limit_bytes": 4, "measured_bytes": 4, "from_choice": STAGE.choice, "to_choice": STAGE.choice},
+        **{"from_split": ((0, 1),), "to_split": ((0,), (1,))},
+    ),
 }
 
 
@@ -82,7 +96,7 @@ def instances(kind: type[Any]) -> st.SearchStrategy[Any]:
     """Records of one type, with values of the annotated types."""
     hints = typing.get_type_hints(kind)
     fields = {field.name: values(hints[field.name]) for field in dataclasses.fields(kind)}
-    if kind is Plan:
+    if kind in (Plan, Measurement):
         fields["schema"] = st.just(records.SCHEMA)
     return st.builds(kind, **fields)
 

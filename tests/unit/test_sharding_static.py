@@ -171,3 +171,14 @@ def test_one_gpu_is_refused(sharding, work):
 def test_settings_of_another_variant_are_refused(sharding, wrong, work):
     with pytest.raises(TypeError):
         work([MATRIX], choice(sharding, 4), wrong)
+
+
+@pytest.mark.parametrize("sharding", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("beside", [("q.lora_A.weight", "float32", True, "lora"), ("q.weight", "uint8", False, "language")])
+def test_adapters_and_quantized_weights_are_not_divided(sharding, beside):
+    name, dtype, trains, part = beside
+    parameters = [MATRIX, Parameter(name, (4, 4), dtype, trains, part)]
+    with pytest.raises(UserError, match="adapters or quantized weights") as caught:
+        static_bytes(parameters, choice(sharding, 2))
+    assert "ddp" in caught.value.hint
+    assert static_bytes(parameters, choice("ddp", 2))["weight"] == sum(parameter.nbytes for parameter in parameters)

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -163,6 +164,22 @@ def test_a_pinned_value_that_nothing_searches_for_is_in_its_space() -> None:
     assert {(c.checkpointing, c.attention, c.optimizer) for c in found.choices} == {("every-3", "flash", "adamw-loop")}
     free = {c.checkpointing for c in space(choice, {}, A100, wanted.hardware, "auto").choices}
     assert free == {"every-3", *KNOBS["checkpointing"]}
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_states_of_eight_bits_and_others_are_not_exchanged(gpus: int) -> None:
+    def optimizers(**memory: Any) -> tuple[set[str], Space]:
+        wanted = recipe(gpus, 1, 8, master_weights=False, **memory)
+        found = space(asked(wanted), {}, A100, wanted.hardware, "auto")
+        return {choice.optimizer for choice in found.choices}, found
+
+    whole = {"adamw-8bit", "adamw-8bit-paged"}
+    for own in sorted(whole):
+        kinds, found = optimizers(optimizer=own)
+        assert kinds == whole
+        assert {choice.sharding for choice in found.choices} == {"none" if gpus == 1 else "ddp"}
+        assert not any(choice.optimizer_offload for choice in found.choices)
+    assert optimizers()[0] == optimizers(optimizer="adamw-foreach")[0] == {"adamw-fused"}
 
 
 def test_what_the_card_or_the_cluster_lacks_is_not_considered() -> None:

@@ -114,6 +114,13 @@ def test_each_dtype_has_its_own_peak() -> None:
     assert found.recompute == pytest.approx(10**12 / 312e12)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_is_used_to_the_peak_of_its_products(precision: Any) -> None:
+    plain, mixed = (speed_of(Choice(4, 3, 12, precision=name)) for name in (precision, f"{precision}-mixed"))
+    assert mixed.flop_utilisation == plain.flop_utilisation
+    assert mixed.flop_utilisation != speed_of(Choice(4, 3, 12, precision="float32")).flop_utilisation
+
+
 def test_the_model_computes_nothing_twice() -> None:
     """Recomputed blocks do not count, nor do the scores that a fused attention makes again in its backward."""
     work = Work()

@@ -169,6 +169,13 @@ def test_states_in_eight_bits_take_two_bytes_and_a_little(by_hand: Any, gpus: in
     assert found.saves_bytes == pytest.approx(2 * itemsize * own - in_eight_bits(own), rel=0.002)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "adamw-8bit-paged"])
+def test_states_of_eight_bits_are_not_suggested_to_who_has_them(by_hand: Any, optimizer: str) -> None:
+    found = suggested(recipe(optimizer=optimizer), by_hand(by_hand.SIZE(**LARGE)))
+    assert "8-bit optimizer" not in found
+    assert "lora" in found
+
+
 def test_states_in_host_memory_need_no_eight_bits(by_hand: Any) -> None:
     assert "8-bit optimizer" not in suggested(recipe(optimizer_offload=True), by_hand())
 

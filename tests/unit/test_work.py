@@ -267,7 +267,7 @@ def test_operators_that_one_trace_lacks_are_left_out() -> None:
 
 @given(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)))
 def test_the_nearest_formula_goes_through_the_last_value(values: tuple[int, int]) -> None:
-    table = feature_table([(shape, 4) for shape in SHAPES])
+    table = feature_table([(shape, 4, 0) for shape in SHAPES])
     nearest = nearest_dimension(values, table)
     at = [nearest.factor * x + nearest.offset for x in table[nearest.feature]]
     assert at[1] == values[1]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
+from oomph.core.eight_bit import EIGHT_BIT
 from oomph.errors import UserError
 from oomph.recipe import Data, Hardware, Memory, Recipe, Stage, memory_of
 from oomph.records import Choice
@@ -209,10 +210,10 @@ def clashes(values: dict[str, Any], gpu: GpuLike, hardware: Hardware) -> list[st
     capability = _capability(gpu)
     attention, precision = values["attention"], values["precision"]
     old = f"hardware.gpu {gpu.name}: its compute capability is {capability[0]}.{capability[1]}, and 8.0 is needed"
-    problems = _sharding_clashes(values["sharding"], hardware) + _state_clashes(values)
+    problems = _sharding_clashes(values["sharding"], hardware) + _state_clashes(values) + _precision_clashes(values)
     if capability < _AMPERE:
-        if precision == "bfloat16":
-            problems.append(f"precision bfloat16 is not possible with {old}")
+        if precision.startswith("bfloat16"):
+            problems.append(f"precision {precision} is not possible with {old}")
         if attention == "flash":
             problems.append(f"attention flash is not possible with {old}")
     elif attention == "flash" and precision == "float32":
@@ -241,6 +242,43 @@ def _state_clashes(values: dict[str, Any]) -> list[str]:
         problems.append(f"master_weights false is not possible with sharding {sharding}: DeepSpeed always holds float32 copies")
     if values["optimizer_offload"] and sharding.startswith("zero"):
         problems.append(f"optimizer_offload true is not possible with sharding {sharding}: DeepSpeed's offload is not laid out")
+    return problems + _eight_bit_clashes(values)
+
+
+def _precision_clashes(values: dict[str, Any]) -> list[str]:
+    """Settings that a precision excludes on every card."""
+    precision, sharding, problems = values["precision"], values["sharding"], []
+    mixed, refused = precision.endswith("-mixed"), f"precision {precision} is not possible with sharding {sharding}"
+    if mixed and values["master_weights"]:
+        why = "the weights that it trains are float32 themselves"
+        problems.append(f"master_weights true is not possible with precision {precision}: {why}")
+    if mixed and sharding.startswith("zero"):
+        problems.append(f"{refused}: DeepSpeed has a mixed precision of its own, which is precision bfloat16")
+    elif mixed and sharding.startswith("fsdp2"):
+        own = "which is precision bfloat16 with master_weights true"
+        problems.append(f"{refused}: FSDP2 has a mixed precision of its own, {own}")
+    elif precision == "float16" and sharding.startswith("zero"):
+        problems.append(f"{refused}: DeepSpeed scales the loss of float16 models, and how it does so is not laid out")
+    return problems
+
+
+def _eight_bit_clashes(values: dict[str, Any]) -> list[str]:
+    """Settings that an optimizer of bitsandbytes excludes."""
+    optimizer, sharding, problems = values["optimizer"], values["sharding"], []
+    if optimizer not in EIGHT_BIT:
+        return []
+    if sharding.startswith("zero"):
+        why = "DeepSpeed's step with an optimizer that is not its own is not laid out"
+        problems.append(f"optimizer {optimizer} is not possible with sharding {sharding}: {why}")
+    elif sharding.startswith("fsdp2"):
+        why = "bitsandbytes updates whole tensors, and FSDP2 leaves each GPU parts of them"
+        problems.append(f"optimizer {optimizer} is not possible with sharding {sharding}: {why}")
+    elif values["master_weights"]:
+        why = "bitsandbytes has no float32 copies and updates the weights themselves"
+        problems.append(f"master_weights true is not possible with optimizer {optimizer}: {why}")
+    if values["optimizer_offload"]:
+        why = "in host memory torch's AdamW runs, whose states have 32 bits or the weights' own"
+        problems.append(f"optimizer_offload true is not possible with optimizer {optimizer}: {why}")
     return problems
 
 

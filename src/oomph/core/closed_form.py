@@ -70,13 +70,14 @@ class Family(NamedTuple):
     def examples(self, image_tokens: int = 0) -> list[tuple[int, int, int]]:
         """Shapes to trace: two to make the formulas from and one to check them on, with room for their images' tokens.
 
-        The tokens of the first two are one above a multiple of 128, so that every rounding up gives another value.
+        The tokens of the first two are one above a multiple of 128, so that every rounding up gives another value; whatever
+        room is added, they are not as 2 to 3, which the samples are, as they stand or rounded up.
         """
         samples = (1, 1, 1) if self.one_sample else (2, 3, 5)
         per_sample = (2, 3, 4) if self.one_sample else (2, 3, 1)
         images = [abs(self.images) if self.images < 2 else b * n for b, n in zip(samples, per_sample, strict=True)]
         room = max(round_up(-(-n // b) * image_tokens, 128) for b, n in zip(samples, images, strict=True))
-        return [(b, s + room, n) for b, s, n in zip(samples, (2049, 3201, 2621), images, strict=True)]
+        return [(b, s + room, n) for b, s, n in zip(samples, (2049, 2945, 2621), images, strict=True)]
 
 
 LEAST_ROWS = LOSS_CHUNKS * LOSS_CHUNKS
@@ -84,6 +85,7 @@ LEAST_ROWS = LOSS_CHUNKS * LOSS_CHUNKS
 
 
 _CEIL8 = FEATURES.index("ceil8(tokens)")
+_CHUNKS = {FEATURES.index("chunk"), FEATURES.index("last chunk")}
 
 
 _PER_PARAMETER = {"aten.stack.default", "aten._foreach_norm.Scalar:output_per_tensor"}
@@ -127,6 +129,11 @@ class ClosedForm:
         return any(f in padded and k in pads for f, k in zip(self.formula, self.kind, strict=True))
 
     @functools.cached_property
+    def chunks(self) -> bool:
+        """Whether the loss is computed in chunks, of which there are fewer with less than `LEAST_ROWS` tokens."""
+        return any(dimension.feature in _CHUNKS for formula in self.formulas for dimension in formula.dimensions)
+
+    @functools.cached_property
     def reached(self) -> frozenset[int]:
         """The parameters that get a gradient; one that is trained but not used gets none."""
         gradients = {number for number, kind in enumerate(self.kinds) if kind.role == "gradient"}
@@ -137,9 +144,15 @@ class ClosedForm:
         """How many parameters get a gradient."""
         return len(self.reached)
 
+    @functools.cached_property
+    def wide(self) -> int:
+        """How many parameters get a gradient in float32."""
+        gradients = {n for n, kind in enumerate(self.kinds) if kind.role == "gradient" and kind.dtype == "float32"}
+        return len({p for p, kind in zip(self.parameter, self.kind, strict=True) if kind in gradients and p >= 0})
+
     def dimensions(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
         """Every formula's dimensions at (samples, tokens, images), padded with ones: [formulas, 6]."""
-        numbers = list(features(shape, self.trained).values())
+        numbers = list(features(shape, self.trained, self.wide).values())
         if max(numbers) > _MOST_BYTES:
             raise _too_large(shape)
         values = np.array(numbers, dtype=np.int64)
@@ -248,7 +261,7 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
     for _, other in traces[1:]:
         if other.skeleton() != first.skeleton():
             raise NotClosed("the operators depend on the shape")
-    table = feature_table([(shape, _trained(trace)) for shape, trace in traces])
+    table = feature_table([(shape, _trained(trace), _trained(trace, wide=True)) for shape, trace in traces])
     rows = zip(*(trace.storages for _, trace in traces), strict=True)
     found: dict[Any, Formula] = {}
     formulas = []
@@ -275,8 +288,9 @@ def _fit_work(
     return fit_work(made, first.stacks, trained, (Sample(shape, _trained(trace), trace.operations), _as_deep(first, trace)))
 
 
-def _trained(trace: Trace) -> int:
-    return len({s.parameter for s in trace.storages if s.kind.role == "gradient" and s.parameter >= 0})
+def _trained(trace: Trace, wide: bool = False) -> int:
+    gradients = (s for s in trace.storages if s.kind.role == "gradient" and s.parameter >= 0)
+    return len({s.parameter for s in gradients if not wide or s.kind.dtype == "float32"})
 
 
 def _check(first: Trace, formulas: list[Formula], check: tuple[Sequence[int], Trace]) -> None:

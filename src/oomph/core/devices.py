@@ -11,14 +11,15 @@ import difflib
 import functools
 import re
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from typing import Literal
 
+from oomph.core.machine import constant
 from oomph.errors import UserError
 from oomph.records import Record
 from oomph.units import MIB
 
-Basis = Literal["measured", "derived", "estimated"]
+Basis = Literal["this machine", "measured", "derived", "estimated"]
 
 _DTYPES = {
     "bfloat16": "bf16_dense_tflops",
@@ -47,8 +48,8 @@ class OutsideLine(Record):
         bytes: the figure to plan with.
         low: the lowest public reading, less its rounding.
         high: the highest public reading, with its rounding.
-        basis: ``measured`` on this card; ``derived`` from the numbers of an out-of-memory message on this card;
-            ``estimated`` from other cards or other set-ups.
+        basis: ``this machine``: measured there, by ``oomph measure``; ``measured`` on this card; ``derived`` from the numbers
+            of an out-of-memory message on this card; ``estimated`` from other cards or other set-ups.
         source: where the readings stand.
     """
 
@@ -58,6 +59,11 @@ class OutsideLine(Record):
     high: int
     basis: Basis
     source: str
+
+    @property
+    def label(self) -> str:
+        """The name, and that it was measured on this machine, where it was."""
+        return f"{self.name}, measured on this machine" if self.basis == "this machine" else self.name
 
 
 @dataclass(frozen=True)
@@ -157,20 +163,35 @@ def outside(gpu: Gpu, world_size: int) -> Outside:
     """What lies outside the caching allocator on each GPU of a run with ``world_size`` GPUs.
 
     The NCCL line is for one communicator with ring and tree collectives, as DDP, FSDP2 and ZeRO use them. More process
-    groups and all-to-all (expert parallelism) take more; see docs/outside-the-allocator.md.
+    groups and all-to-all (expert parallelism) take more; see docs/outside-the-allocator.md. What was measured on this
+    machine's card of that name, with its version of torch, is taken before the catalogue's figures.
 
     Raises:
-        UserError: the card has no CUDA.
+        UserError: the card has no CUDA, or the file of what was measured here is damaged.
         ValueError: ``world_size`` is less than 1.
     """
     if world_size < 1:
         raise ValueError(f"a run has 1 GPU or more, not {world_size}")
     _require_cuda(gpu)
-    lines = [gpu.context] if gpu.context else []
+    lines = [_seen(gpu, "context") or gpu.context]
     if world_size > 1:
         low = _NCCL_LOW_PAIR_BYTES if world_size == 2 else _NCCL_LOW_BYTES
-        lines.append(OutsideLine("nccl", _NCCL_BYTES, low, _NCCL_HIGH_BYTES, "estimated", _NCCL_SOURCE))
-    return Outside(tuple(lines))
+        estimated = OutsideLine("nccl", _NCCL_BYTES, low, _NCCL_HIGH_BYTES, "estimated", _NCCL_SOURCE)
+        lines.append(_seen(gpu, "nccl", world_size) or estimated)
+    return Outside(tuple(line for line in lines if line is not None))
+
+
+@functools.cache
+def _torch_version() -> str:
+    return metadata.version("torch")
+
+
+def _seen(gpu: Gpu, name: str, gpus: int = 1) -> OutsideLine | None:
+    """What was measured on this machine with this version of torch."""
+    seen = constant(gpu.name, _torch_version(), name, gpus)
+    if seen is None:
+        return None
+    return OutsideLine(name, seen.bytes, seen.low, seen.high, "this machine", f"driver {seen.driver}, {seen.date[:10]}")
 
 
 def usable_bytes(gpu: Gpu, world_size: int) -> int:
@@ -183,7 +204,7 @@ def usable_bytes(gpu: Gpu, world_size: int) -> int:
     return gpu.memory_bytes - outside(gpu, world_size).bytes
 
 
-def cublas_workspace_bytes(compute_capability: tuple[int, int]) -> int:
+def cublas_workspace_bytes(compute_capability: tuple[int, int], config: str = "") -> int:
     """The workspace that PyTorch allocates for cuBLAS: one for each thread that multiplies matrices, and stream.
 
     It is taken from the caching allocator at the thread's first call and kept. A training step has two such threads,
@@ -192,7 +213,14 @@ def cublas_workspace_bytes(compute_capability: tuple[int, int]) -> int:
     Source: pytorch ``aten/src/ATen/cuda/CublasHandlePool.cpp``, ``parseChosenWorkspaceSize``: 4096 KiB x 2 + 16 KiB x 8,
     and 32 MiB on Hopper and Blackwell, kept in a map keyed by (handle, stream), where handles belong to threads. Checked
     in the machine code of torch 2.13.0 (majors 9, 10, 12); 2.14.0 adds 11; the file at 26a3905 has 32 MiB for (9, 0) alone.
+
+    Args:
+        compute_capability: the card's.
+        config: what ``CUBLAS_WORKSPACE_CONFIG`` says: pairs of KiB and a count, as in ``:4096:8``, instead of the default.
     """
+    pairs = re.findall(r":(\d+):(\d+)", config)
+    if pairs:
+        return sum(int(kib) * 1024 * int(count) for kib, count in pairs)
     return 32 * MIB if compute_capability[0] in (9, 10, 12) else 8_519_680
 
 

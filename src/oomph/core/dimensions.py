@@ -25,12 +25,13 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def features(shape: Sequence[int], trained: int) -> dict[str, int]:
+def features(shape: Sequence[int], trained: int, wide: int = 0) -> dict[str, int]:
     """What a dimension can be proportional to.
 
     Args:
         shape: (samples, tokens, images).
         trained: how many parameters get a gradient, tensors and not elements.
+        wide: how many of these gradients are float32.
     """
     samples, tokens, images = shape
     rows = samples * tokens
@@ -50,6 +51,8 @@ def features(shape: Sequence[int], trained: int) -> dict[str, int]:
         "chunk": chunk,
         "last chunk": rows - (LOSS_CHUNKS - 1) * chunk,
         "trained": trained,
+        "trained in float32": wide,
+        "trained in 16 bits": trained - wide,
     }
 
 
@@ -57,9 +60,9 @@ FEATURES = tuple(features((2, 3, 4), 5))
 _TRAINED = FEATURES.index("trained")
 
 
-def feature_table(shapes: Sequence[tuple[Sequence[int], int]]) -> list[list[int]]:
-    """The features of several (shape, trained parameters): one row for each feature, one column for each shape."""
-    values = [features(shape, trained).values() for shape, trained in shapes]
+def feature_table(shapes: Sequence[tuple[Sequence[int], int, int]]) -> list[list[int]]:
+    """The features of several (shape, trained, wide), see `features`: one row for each feature, one column for each shape."""
+    values = [features(*row).values() for row in shapes]
     return [list(column) for column in zip(*values, strict=True)]
 
 
@@ -69,14 +72,15 @@ def fit_dimension(values: tuple[int, ...], table: list[list[int]], per_parameter
     Args:
         values: the dimension at each shape.
         table: the features at each shape, as `feature_table` gives them.
-        per_parameter: whether the tensor may have a row for each parameter with a gradient.
+        per_parameter: whether the tensor may have a row for each parameter with a gradient, or each of one dtype.
         what: the tensor, for the message.
 
     Raises:
         NotClosed: no formula goes through the values.
     """
-    if per_parameter and all(v % n == 0 for v, n in zip(values, table[_TRAINED], strict=True)):
-        return Dimension(_TRAINED, values[0] // table[_TRAINED][0], 0)
+    for number in range(_TRAINED, len(table)) if per_parameter else ():
+        if all(n and v % n == 0 for v, n in zip(values, table[number], strict=True)):
+            return Dimension(number, values[0] // table[number][0], 0)
     if len(set(values)) == 1:
         return Dimension(0, values[0], 0)
     best: Dimension | None = None

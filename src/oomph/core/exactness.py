@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from oomph.core.eight_bit import EIGHT_BIT, same_states
 from oomph.records import Choice
 
 _MATHEMATICS = ("effective_batch", "precision", "master_weights")
@@ -22,6 +23,8 @@ _WHY: dict[tuple[str, Any], str] = {
     ("vision_checkpointing", "blocks"): "the blocks of the vision tower are computed twice",
     ("optimizer", "adamw-fused"): "one kernel without temporary copies",
     ("optimizer", "adamw-foreach"): "lists of tensors at a time",
+    ("optimizer", "adamw-8bit"): "all states stay on the GPU",
+    ("optimizer", "adamw-8bit-paged"): "the driver moves large states to the host where the GPU is full",
     ("optimizer_offload", True): "AdamW's states are in host memory, and it runs there",
     ("optimizer_offload", False): "AdamW runs on the GPU",
     ("sharding", "ddp"): "each GPU holds the whole model",
@@ -55,7 +58,7 @@ def is_exact(asked: Choice, choice: Choice, drops: bool) -> bool:
         drops: whether the model has dropout. Micro-batches of other samples draw other masks.
     """
     same = all(getattr(asked, name) == getattr(choice, name) for name in _MATHEMATICS)
-    return same and not (drops and asked.micro_batch != choice.micro_batch)
+    return same and same_states(asked.optimizer, choice.optimizer) and not (drops and asked.micro_batch != choice.micro_batch)
 
 
 def exactness(asked: Choice, choice: Choice, routes: bool, drops: bool) -> str:
@@ -68,14 +71,14 @@ def exactness(asked: Choice, choice: Choice, routes: bool, drops: bool) -> str:
         drops: whether it has dropout.
     """
     if not is_exact(asked, choice, False):
-        return "another mathematics: precision or the weights that the optimizer updates differ"
+        return "another mathematics: precision, the weights that the optimizer updates or the bits of its states differ"
     if asked == choice:
         return "the configuration itself"
     exact = is_exact(asked, choice, drops)
     text = "the same gradient and update in exact arithmetic"
     if not exact:
         text = "the same but for dropout, which draws other masks for other micro-batches"
-    reasons = [words for knobs, words in _ROUNDING.items() if any(getattr(asked, k) != getattr(choice, k) for k in knobs)]
+    reasons = [words for knobs, words in _ROUNDING.items() if any(_rounds(k, asked, choice) for k in knobs)]
     if not reasons:
         return "the same operations on the same numbers" if exact else text
     *others, last = reasons
@@ -89,6 +92,12 @@ _ROUNDING = {
     ("attention",): "attention rounds elsewhere",
     ("optimizer", "optimizer_offload"): "the optimizer's kernel rounds elsewhere",
 }
+
+
+def _rounds(knob: str, asked: Choice, choice: Choice) -> bool:
+    """Whether a knob of `_ROUNDING` differs in what it computes: where states of 8 bits lie changes none of them."""
+    before, after = getattr(asked, knob), getattr(choice, knob)
+    return before != after and not (knob == "optimizer" and before in EIGHT_BIT and after in EIGHT_BIT)
 
 
 def _word(value: Any) -> str:

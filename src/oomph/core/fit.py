@@ -11,13 +11,14 @@ from oomph.core.bounds import Bounds
 from oomph.core.choices import clashes, cuts, with_micro_batch
 from oomph.core.closed_form import LEAST_ROWS, ClosedForm
 from oomph.core.devices import Gpu, catalogue
+from oomph.core.eight_bit import EIGHT_BIT
 from oomph.core.layout import Shape, lay_out
 from oomph.core.predict import serve, usable_bytes
 from oomph.core.stage import StageModel
 from oomph.core.trace import Parameter
 from oomph.errors import UserError
 from oomph.recipe import KNOBS, Data, Memory, memory_of
-from oomph.records import Card, Choice, Fit, Limit, Sharding
+from oomph.records import Card, Choice, Fit, Limit, Optimizer, Sharding
 from oomph.units import size
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -90,7 +91,7 @@ def _leanest(model: StageModel, choice: Choice, gpus: int) -> list[list[Choice]]
     nodes = choice.nodes if gpus == choice.gpus else max(gpus // GPUS_OF_A_NODE, 1)
     vision = "blocks" if model.trains("vision") else choice.vision_checkpointing
     lean = replace(choice, gpus=gpus, nodes=nodes, vision_checkpointing=vision, expandable_segments=False)
-    lean = replace(lean, attention="sdpa", loss="chunked", optimizer="adamw-fused")
+    lean = replace(lean, attention="sdpa", loss="chunked", optimizer=_leanest_optimizer(choice))
     eval_batch = memory_of(model.recipe, model.stage).eval_batch
     found = []
     for sharding in ("none",) if gpus == 1 else _DIVIDE_MOST:
@@ -105,6 +106,11 @@ def _leanest(model: StageModel, choice: Choice, gpus: int) -> list[list[Choice]]
         if legal:
             found.append(legal)
     return found
+
+
+def _leanest_optimizer(choice: Choice) -> Optimizer:
+    """The optimizer that takes least of the GPU, of those with the mathematics of the choice's."""
+    return EIGHT_BIT[-1] if choice.optimizer in EIGHT_BIT else "adamw-fused"
 
 
 def _is_accepted(model: StageModel, choice: Choice) -> bool:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from oomph.core.closed_form import ClosedForm
-from oomph.records import Attention, Record
+from oomph.records import Attention, Precision, Record
 
-LIBRARIES = ("torch", "transformers")
+_LIBRARIES = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class FormKey(Record):
     """Everything that a trace depends on. Paths name folders that hold a ``config.json``.
 
     `shape` is (samples, tokens, images) for a model whose sizes are not closed, else None; `one_sample` and `images` are the
-    family of shapes, as `closed_form.Family` has them. `periodic` says of a key with a shape that the model's layers are
+    family of shapes, as `closed_form.Family` has them. `lora` and `quantization` are the stage's sections as JSON, empty
+    where it has none. `periodic` says of a key with a shape that the model's layers are
     known to repeat, so that not all have to be traced.
     """
 
@@ -37,6 +38,8 @@ class FormKey(Record):
     expert_count: int
     expert_top_k: int
     expert_layers: str
+    lora: str
+    quantization: str
     trained: tuple[str, ...]
     frozen: tuple[str, ...]
     attention: Attention
@@ -44,7 +47,7 @@ class FormKey(Record):
     optimizer: str
     checkpointing: str
     vision_checkpointing: str
-    precision: str
+    precision: Precision
     capability: tuple[int, ...]
     image_size: tuple[int, ...]
     one_sample: bool
@@ -61,11 +64,17 @@ class FormKey(Record):
         folders = [folder for folder in (self.model, self.vision, self.language) if folder is not None]
         return {folder: json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")) for folder in folders}
 
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries whose code runs in the trace."""
+        adapters = ("peft",) if self.lora or self.quantization else ()
+        quantized = ("bitsandbytes",) if self.quantization or "8bit" in self.optimizer else ()
+        return (*_LIBRARIES, *adapters, *quantized)
+
     def digest(self) -> str:
         """A name for what is made from the key: it changes with configurations, libraries and our own code."""
         content = self.configurations()
         renamed = {**self.to_json(), **{name: content.get(getattr(self, name)) for name in ("model", "vision", "language")}}
-        text = json.dumps([renamed, versions(), code_digest()], sort_keys=True)
+        text = json.dumps([renamed, versions(self.libraries()), code_digest()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -101,10 +110,17 @@ class Source(Protocol):
         ...
 
 
+def versions(libraries: Sequence[str]) -> dict[str, str]:
+    """The versions of libraries whose code is traced, without importing them; of one that is missing none."""
+    return {name: version for name in libraries if (version := _version(name))}
+
+
 @functools.cache
-def versions() -> dict[str, str]:
-    """The versions of the libraries whose code is traced, without importing them."""
-    return {name: metadata.version(name) for name in LIBRARIES}
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache

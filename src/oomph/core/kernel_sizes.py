@@ -15,6 +15,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from oomph.core.cudnn_sizes import convolution_copies, cudnn_attention_backward, cudnn_attention_forward
+from oomph.core.quantized_sizes import dequantized_scales, dequantized_weight
+
 _ALIGNMENT = 256
 _WARP = 32
 _RADIX_BITS = 8
@@ -337,5 +340,10 @@ SIZES: dict[str, Callable[..., int]] = {
         efficient_workspace,
         reduction_buffer,
         reduction_semaphores,
+        dequantized_weight,
+        dequantized_scales,
+        cudnn_attention_forward,
+        cudnn_attention_backward,
+        convolution_copies,
     )
 }

@@ -11,9 +11,10 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from oomph.core.choices import clashes, cuts, with_micro_batch
+from oomph.core.eight_bit import EIGHT_BIT
 from oomph.core.exactness import change, exactness, is_exact
 from oomph.core.search import ALIKE, Searcher
-from oomph.core.space import KNOBS, Space, space
+from oomph.core.space import KNOBS, Space, domain, space
 from oomph.core.stage import StageModel
 from oomph.recipe import memory_of
 from oomph.records import Choice, Rung, Search, Speed
@@ -23,11 +24,13 @@ _LEANER: dict[str, tuple[Any, ...]] = {
     "vision_checkpointing": ("none", "blocks"),
     "attention": ("eager-fp32", "eager", "efficient", "sdpa"),
     "loss": ("full-shifted", "full", "chunked"),
-    "optimizer": ("adamw-loop", "adamw-foreach", "adamw-fused"),
+    "optimizer": ("adamw-loop", "adamw-foreach", "adamw-fused", *EIGHT_BIT),
     "optimizer_offload": (False, True),
     "expandable_segments": (False, True),
 }
-"""The values of a knob by falling memory: where a configuration does not fit, only a later value can help."""
+"""The values of a knob by falling memory: where a configuration does not fit, only a later value can help.
+
+Of the optimizers, those with states of 8 bits are compared with each other alone."""
 
 _ABOUT: dict[str, tuple[str, ...]] = {
     "checkpointing": ("activation",),
@@ -190,7 +193,7 @@ class _Climb:
     def _to_blame(self, knob: str) -> bool:
         """Whether what the knob is about takes a good part of the memory at the moment of the failure."""
         by_role = self._model.predict(self._asked).by_role
-        about = _ABOUT[knob]
+        about = ("optimizer",) if knob == "optimizer" and self._asked.optimizer in EIGHT_BIT else _ABOUT[knob]
         return not about or sum(by_role.get(role, 0) for role in about) >= _BLAME * sum(by_role.values())
 
     def _leaner(self, knob: str) -> list[Any]:
@@ -199,8 +202,7 @@ class _Climb:
         return [value for value in self._values(knob) if own not in order or order.index(value) > order.index(own)]
 
     def _values(self, knob: str) -> list[Any]:
-        held = knob in self._held
-        return [value for value in KNOBS[knob] if value != getattr(self._asked, knob) and not held]
+        return [] if knob in self._held else list(domain(knob, self._asked)[1:])
 
     def _with(self, knob: str, value: Any) -> Choice:
         return replace(self._asked, **{knob: value})

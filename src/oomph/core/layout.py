@@ -63,17 +63,26 @@ class _Timelines(NamedTuple):
 def timelines(form: ClosedForm) -> _Timelines:
     """Cuts the timeline into its pieces.
 
-    `persistent` are the storages that a micro-batch allocates once for the whole run, library workspaces for instance;
-    `left` are those that the first micro-batch leaves to the end of its step, besides gradients.
+    `persistent` are the storages that a micro-batch allocates once for the whole run, library workspaces for instance, and, as
+    entries that free them, those from the load that it replaces; `left` are those that the first micro-batch leaves to the end
+    of its step, besides gradients.
     """
+    pieces = _pieces(form)
+    freed = _freed(pieces["first"][0]) | _freed(pieces["next"][0]) | _freed(pieces["warmup/optimizer"][0])
+    born = [s for s in pieces["first"][0] if s >= 0]
+    late = _freed(pieces["warmup/optimizer"][0]) - _freed(pieces["step/optimizer"][0])
+    dropped = {~s for s in pieces["load"][0] if s >= 0} & set(pieces["first"][0])
+    once = frozenset(s for s in born if s not in freed) | dropped
+    return _Timelines(pieces, once, tuple(s for s in born if s in late))
+
+
+def _pieces(form: ClosedForm) -> dict[str, tuple[list[int], tuple[tuple[int, str], ...]]]:
+    """The timeline of each piece, and its marks by their position in it."""
     pieces = {}
     for piece in form.pieces:
         marks = tuple((at - piece.start, phase) for at, phase in form.marks if piece.start <= at < piece.stop)
         pieces[piece.name] = form.timeline[piece.start : piece.stop], marks
-    freed = _freed(pieces["first"][0]) | _freed(pieces["next"][0]) | _freed(pieces["warmup/optimizer"][0])
-    born = [s for s in pieces["first"][0] if s >= 0]
-    late = _freed(pieces["warmup/optimizer"][0]) - _freed(pieces["step/optimizer"][0])
-    return _Timelines(pieces, frozenset(s for s in born if s not in freed), tuple(s for s in born if s in late))
+    return pieces
 
 
 def _freed(timeline: Iterable[int]) -> set[int]:
@@ -108,6 +117,18 @@ def compose(
     events.segments = segments
     if evaluated is not None:
         _append_evaluation(events, evaluation or form, evaluated)
+    return events
+
+
+def as_traced(form: ClosedForm, shape: Sequence[int]) -> Events:
+    """The events of a form whose pieces follow each other as they were traced.
+
+    Args:
+        form: for example of whole steps.
+        shape: (samples, tokens, images) of a micro-batch.
+    """
+    events = _columns(form, Shape(*shape))
+    events.segments = [Segment(name, *piece) for name, piece in _pieces(form).items()]
     return events
 
 

@@ -7,8 +7,14 @@ optimizer are never on the GPU.
 
 from __future__ import annotations
 
+from itertools import takewhile
+from typing import Final
+
 from oomph.core.events import Events, Segment
 from oomph.core.ranks import Edit, copied, part
+
+_FOUND: Final = "aten.add.Tensor"
+"""How ``GradScaler.step`` tells the fused AdamW whether all gradients are finite (torch 2.13, torch/amp/grad_scaler.py)."""
 
 
 def offload_optimizer(events: Events) -> Events:
@@ -28,10 +34,10 @@ def offload_optimizer(events: Events) -> Events:
 
 
 def _clipping_births(events: Events) -> int:
-    """How many storages are allocated before the warm-up's optimizer allocates its first state."""
+    """How many storages are allocated before the warm-up's optimizer allocates its first, a state or what it is told."""
     (warmup,) = (segment for segment in events.segments if segment.name == "warmup/optimizer")
-    born = _born(warmup, events)
-    return next((at for at, storage in enumerate(born) if events.kinds[storage].role == "optimizer"), len(born))
+    clipping = list(takewhile(lambda storage: events.kinds[storage].role != "optimizer", _born(warmup, events)))
+    return len(clipping) - bool(clipping and events.kinds[clipping[-1]].op == _FOUND)
 
 
 def _without_step(segment: Segment, events: Events, clipping: int) -> Segment:

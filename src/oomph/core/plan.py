@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from oomph.core.choices import reasons_for, resolve
@@ -15,7 +15,7 @@ from oomph.core.stage import StageModel
 from oomph.core.suggest import suggestions
 from oomph.errors import UserError
 from oomph.recipe import Recipe, Stage, stage_of
-from oomph.records import Choice, Plan, StagePlan
+from oomph.records import Choice, Plan, Prediction, StagePlan
 
 
 def make_plan(
@@ -46,10 +46,11 @@ def make_plan(
     planned = [stage_of(recipe, name) for name in stages] if stages else list(recipe.stages)
     models = _models(recipe, planned, gpu, source)
     source.prepare([key for model in models for key in model.first_keys()])
-    plans = [_searched(model, keep) if ladder else _plan(model) for model in models]
+    plans = [searched(model, keep) if ladder else _plan(model) for model in models]
     if fit:
         plans = [_with_fit(plan, model) for plan, model in zip(plans, models, strict=True)]
-    return Plan(recipe.name, gpu.name, recipe.hardware.gpus, tuple(plans), versions())
+    libraries = dict.fromkeys(name for model in models for key in model.first_keys() for name in key.libraries())
+    return Plan(recipe.name, gpu.name, recipe.hardware.gpus, tuple(plans), versions(list(libraries)))
 
 
 def _check_knobs(names: Sequence[str]) -> None:
@@ -79,17 +80,17 @@ def _models(recipe: Recipe, stages: Sequence[Stage], gpu: Gpu, source: Source) -
 def _plan(model: StageModel) -> StagePlan:
     """The stage's plan without a search."""
     choice, reasons = resolve(model.stage, model.recipe, model.gpu, model.fits)
-    return _stage_plan(model, choice, reasons)
+    return stage_plan(model, choice, reasons)
 
 
-def _searched(model: StageModel, keep: Sequence[str]) -> StagePlan:
+def searched(model: StageModel, keep: Sequence[str] = ()) -> StagePlan:
     """The stage's plan with its ladder. Where something fits with all that is pinned, the fastest such choice is taken."""
     climbed = climb(model, model.first, keep)
     if climbed.choice is None:
         choice, reasons = resolve(model.stage, model.recipe, model.gpu, lambda _: False)
     else:
         choice, reasons = climbed.choice, reasons_for(climbed.choice, model.stage, model.recipe, model.gpu)
-    plan = _stage_plan(model, choice, reasons)
+    plan = stage_plan(model, choice, reasons)
     start = climbed.nearest or plan
     return replace(
         plan,
@@ -107,18 +108,42 @@ def _with_fit(plan: StagePlan, model: StageModel) -> StagePlan:
     return replace(plan, fit=what_it_takes(model, best.choice))
 
 
-def _stage_plan(model: StageModel, choice: Choice, reasons: dict[str, str]) -> StagePlan:
+def stage_plan(
+    model: StageModel, choice: Choice, reasons: dict[str, str], prediction: Prediction | None = None
+) -> StagePlan:
+    """The plan of a stage with a choice.
+
+    Args:
+        model: the stage.
+        choice: the knobs.
+        reasons: a sentence for each of them.
+        prediction: of another device than the stage's card, for which there is no estimate of time; none to predict the card's.
+    """
     laid = model.lay_out(choice)
     counts = [(parameter.trainable, parameter.numel) for parameter in laid.form.parameters]
     return StagePlan(
         name=model.stage.name,
         choice=choice,
         reasons=reasons,
-        prediction=model.predict(choice),
+        prediction=prediction or model.predict(choice),
         trainable_parameters=sum(numel for trainable, numel in counts if trainable),
         total_parameters=sum(numel for _, numel in counts),
         samples_tokens=model.tokens,
         image_tokens=laid.traced.image_tokens * model.images,
         traced=laid.traced.how,
-        speed=model.speed(choice),
+        speed=None if prediction else model.speed(choice),
+        made=tuple(_made(model.stage)),
     )
+
+
+def _made(stage: Stage) -> Iterator[str]:
+    """What a stage makes of the model, in words, in the order in which it does."""
+    if stage.experts:
+        layers = stage.experts.layers if isinstance(stage.experts.layers, str) else f"{len(stage.experts.layers)} listed"
+        yield f"{stage.experts.count} experts in {layers} layers, {stage.experts.top_k} for each token"
+    if stage.quantization:
+        scales = ", its scales in 8 bits" if stage.quantization.double_quantization else ""
+        yield f"frozen linear layers in {stage.quantization.kind}{scales}"
+    if stage.lora:
+        named = [stage.lora.target_modules] if isinstance(stage.lora.target_modules, str) else stage.lora.target_modules
+        yield f"LoRA of rank {stage.lora.rank} on {', '.join([*named, *stage.lora.target_parameters])}"

@@ -10,12 +10,19 @@ from typing import Literal
 from oomph.core.allocator import Allocator, AllocatorSettings, Replay, replay
 from oomph.core.devices import Gpu, outside
 from oomph.core.events import Events, Kind
+from oomph.core.quantized_sizes import INT8_PRODUCT, NO_OUTLIERS
 from oomph.records import Choice, FailingRequest, PhasePeak, Prediction
 
 Lack = Literal["bytes", "pieces"]
 """What a card lacks: bytes, or bytes in one piece, which other settings of the allocator may find."""
 LARGEST = 8
+UNMEASURED = 0.01
+"""The error bound, as a share of the peak, for what has not been compared with a measurement of the same stack."""
 CONVOLUTION = "aten.convolution.default"
+_CONVOLUTIONS = {
+    CONVOLUTION: "what cuDNN's workspace for a convolution takes beyond copies of its tensors",
+    "aten.convolution_backward.default": "partial sums that cuDNN may keep for the gradient of a convolution's weight",
+}
 
 
 def predict(
@@ -46,8 +53,8 @@ def predict(
         failing_request=_failing(events, result),
         largest_requests=tuple(events.request(storage) for storage in _largest(events, result.block_sizes)),
         error_bound=_bound(events, unclassified, whole.peak_allocated),
-        leaves_out=leaves_out(choice, unclassified),
-        outside={line.name: line.bytes for line in beside.lines},
+        leaves_out=(*_outliers(events), *leaves_out(choice, unclassified)),
+        outside={line.label: line.bytes for line in beside.lines},
         evaluation=evaluated,
     )
 
@@ -127,17 +134,22 @@ def _bound(events: Events, unclassified: Collection[str], peak: int) -> float:
     operator whose CUDA kernel nobody has looked at, since it may need a temporary as large.
     """
     unknown = (size for size, kind in zip(events.sizes, events.kinds, strict=True) if kind.op in unclassified)
-    return 0.01 + (max(unknown, default=0) / peak if peak else 0.0)
+    return UNMEASURED + (max(unknown, default=0) / peak if peak else 0.0)
+
+
+def _outliers(events: Events) -> tuple[str, ...]:
+    return (NO_OUTLIERS,) if any(kind.op.startswith(INT8_PRODUCT) for kind in events.kinds) else ()
 
 
 def leaves_out(choice: Choice, unclassified: Collection[str]) -> tuple[str, ...]:
     """What a prediction does not count, in words."""
     items = ["other processes on the card"]
-    if CONVOLUTION in unclassified:
-        items.insert(0, "the workspace that cuDNN picks for the patch embedding's convolution")
+    if choice.optimizer == "adamw-8bit-paged":
+        items.insert(0, "optimizer states in managed memory, which gives way on the GPU and then lies in host memory")
+    items[:0] = [words for name, words in _CONVOLUTIONS.items() if name in unclassified]
     if choice.gpus > 1:
         items.append("communicators beyond the first")
-    others = sorted(set(unclassified) - {CONVOLUTION})
+    others = sorted(set(unclassified) - _CONVOLUTIONS.keys())
     if others:
         names = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
         items.append(f"temporaries of operators whose CUDA kernels nobody has looked at: {names}")

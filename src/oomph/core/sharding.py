@@ -25,6 +25,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Final
 
+from oomph.core.eight_bit import EIGHT_BIT, state_bytes
 from oomph.core.events import Events, Segment
 from oomph.core.fsdp import fsdp_static, ranks_of_a_shard, shard_fsdp
 from oomph.core.masters import master_bytes
@@ -65,6 +66,10 @@ __all__ = [
 ]
 
 
+_PACKED = {"uint8", "int8"}
+"""Dtypes of quantized weights."""
+
+
 def shard(events: Events, parameters: Sequence[Parameter], choice: Choice, settings: Settings | None = None) -> Events:
     """The events of one rank under `choice.sharding` over `choice.gpus` ranks; the input is not changed.
 
@@ -101,7 +106,7 @@ def static_bytes(
     ``communication`` (buckets, gathered weights that persist). Buffers of the model, activations, library workspaces and
     gathered weights that stage 3 happens not to have released are not counted, so no layout keeps less.
     Without sharding and under DDP, unless there are master weights, the moments have the parameters' dtype, as AdamW makes
-    them.
+    them, or those of bitsandbytes.
 
     Args:
         parameters: in model order, each once.
@@ -128,17 +133,25 @@ def static_bytes(
         return fsdp_static(parameters, choice, _fsdp_settings(settings), got)
     gradients = [parameters[index].nbytes for index in got]
     ddp = _ddp_settings(settings) if choice.sharding == "ddp" else None
-    counters = STEP_COUNTER * len(gradients) if choice.optimizer == "adamw-fused" else 0
-    states = master_bytes(parameters, choice) if choice.master_weights else 2 * sum(gradients) + counters
     buckets = sum(gradients)
     if ddp is not None and ddp.find_unused_parameters:
         buckets = sum(parameter.nbytes for parameter in parameters if parameter.trainable)
     return {
         "weight": sum(parameter.nbytes for parameter in parameters),
         "gradient": 0 if ddp is not None and ddp.gradient_as_bucket_view else sum(gradients),
-        "optimizer": 0 if choice.optimizer_offload else states,
+        "optimizer": 0 if choice.optimizer_offload else _whole_states(parameters, choice, got),
         "communication": 0 if ddp is None else buckets,
     }
+
+
+def _whole_states(parameters: Sequence[Parameter], choice: Choice, got: Collection[int]) -> int:
+    """Bytes of the optimizer's states on a GPU that has all of them; `got` are the parameters that get a gradient."""
+    if choice.master_weights:
+        return master_bytes(parameters, choice)
+    if choice.optimizer in EIGHT_BIT:
+        return state_bytes((parameters[index] for index in got), choice.optimizer)
+    counters = STEP_COUNTER * len(got) if choice.optimizer == "adamw-fused" else 0
+    return 2 * sum(parameters[index].nbytes for index in got) + counters
 
 
 def ddp_buckets(parameters: Sequence[Parameter], order: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
@@ -209,6 +222,10 @@ def _check(parameters: Sequence[Parameter], choice: Choice, settings: Settings |
         dtypes = ", ".join(sorted(trained))
         problems.append(f"sharding {name} reduces trained parameters together, but their dtypes are {dtypes}")
         hints.append("train all parameters in one dtype, or use ddp")
+    adapted = {parameter.part for parameter in parameters} & {"lora"} or {parameter.dtype for parameter in parameters} & _PACKED
+    if name != "ddp" and adapted:
+        problems.append(f"sharding {name} of adapters or quantized weights beside other weights is not laid out")
+        hints.append("use ddp, in which each GPU has them all")
     scalars = [parameter.name for parameter in parameters if not parameter.shape]
     if name.startswith("fsdp2") and scalars:
         problems.append(f"sharding {name} cuts parameters along a dimension, and {', '.join(scalars)} has none")

@@ -85,10 +85,10 @@ def cost(form: ClosedForm, shape: Shape, gpu: Gpu, optimizer_share: float = 1.0)
         gpu: the card.
         optimizer_share: the optimizer's memory traffic on this rank, as a part of the traced one's.
     """
-    return _Facts(form).cost(shape, gpu, optimizer_share)
+    return Facts(form).cost(shape, gpu, optimizer_share)
 
 
-class _Facts:
+class Facts:
     """What is asked of a form again and again."""
 
     def __init__(self, form: ClosedForm) -> None:
@@ -113,6 +113,7 @@ class _Facts:
         self.casting_bytes = 2 * (self.trained_elements * _FP32 + self.trained_bytes) if self.widening > 1 else 0
 
     def cost(self, shape: Shape, gpu: Gpu, optimizer_share: float) -> Cost:
+        """What `speed.cost` gives, of this form."""
         flops, traffic = self.work.evaluate(shape)
         traffic[self._optimizer] *= optimizer_share
         peaks = np.array([_peak(gpu, dtype) for dtype in self._dtypes])
@@ -210,7 +211,7 @@ class _Collectives(NamedTuple):
     step: float = 0.0
 
 
-def _collectives(facts: _Facts, choice: Choice, gpu: Gpu, network_bytes_per_second: float) -> _Collectives:
+def _collectives(facts: Facts, choice: Choice, gpu: Gpu, network_bytes_per_second: float) -> _Collectives:
     """What the choice's sharding communicates, as torch 2.13 and DeepSpeed 0.9.5 do it."""
     world, local = choice.gpus, choice.gpus // choice.nodes
     link = link_rate(gpu, local)
@@ -228,7 +229,7 @@ def _collectives(facts: _Facts, choice: Choice, gpu: Gpu, network_bytes_per_seco
     return _of_shards(facts, choice, world, rate, network_bytes_per_second) if kind != "none" else _Collectives()
 
 
-def _of_shards(facts: _Facts, choice: Choice, ranks: int, rate: float, network: float) -> _Collectives:
+def _of_shards(facts: Facts, choice: Choice, ranks: int, rate: float, network: float) -> _Collectives:
     """Weights that are gathered layer by layer, and gradients that are scattered so.
 
     What lies outside of the layers is gathered before the forward begins, and its gradients are reduced when the backward
@@ -294,7 +295,7 @@ def estimate(
         costs: where costs are kept from call to call, with the forms and cards that they are of.
     """
     known: dict[Any, Any] = {} if costs is None else costs
-    facts = known.get(id(form)) or known.setdefault(id(form), _Facts(form))
+    facts = known.get(id(form)) or known.setdefault(id(form), Facts(form))
     sizes = _sizes(choice.effective_batch, choice.gpus, choice.micro_batch, choice.accumulation)
     share = _optimizer_share(choice, facts)
     moved = _remembered_collectives(known, facts, choice, gpu, network_bytes_per_second)
@@ -323,7 +324,7 @@ def estimate(
         step_seconds=step,
         samples_per_second=rate,
         tokens_per_second=rate * tokens,
-        flop_utilisation=flops / (step * choice.gpus * _peak(gpu, choice.precision)),
+        flop_utilisation=flops / (step * choice.gpus * _peak(gpu, choice.precision.removesuffix("-mixed"))),
         gpu_hours=None if samples_in_stage is None else samples_in_stage / rate * choice.gpus / 3600,
         seconds=seconds,
     )
@@ -349,7 +350,7 @@ class _Sums:
         self.flops += count * part * cost.flops
 
 
-def _remembered_cost(known: dict[Any, Any], facts: _Facts, shape: Shape, gpu: Gpu, share: float) -> Cost:
+def _remembered_cost(known: dict[Any, Any], facts: Facts, shape: Shape, gpu: Gpu, share: float) -> Cost:
     key = (id(facts), id(gpu), shape, share)
     found: Cost | None = known.get(key)
     if found is None:
@@ -358,7 +359,7 @@ def _remembered_cost(known: dict[Any, Any], facts: _Facts, shape: Shape, gpu: Gp
     return found
 
 
-def _remembered_collectives(known: dict[Any, Any], facts: _Facts, choice: Choice, gpu: Gpu, network: float) -> _Collectives:
+def _remembered_collectives(known: dict[Any, Any], facts: Facts, choice: Choice, gpu: Gpu, network: float) -> _Collectives:
     key = (id(facts), id(gpu), choice.sharding, choice.gpus, choice.nodes, choice.master_weights, network)
     found: _Collectives | None = known.get(key)
     if found is None:
@@ -374,15 +375,15 @@ def _ranks_of_states(choice: Choice) -> int:
     return choice.gpus // choice.nodes if choice.sharding == "fsdp2-hybrid" else choice.gpus
 
 
-def _optimizer_share(choice: Choice, facts: _Facts) -> float:
+def _optimizer_share(choice: Choice, facts: Facts) -> float:
     """A rank's part of the traced optimizer's traffic, which is wider where it works on float32 copies.
 
-    Beside that, gradients become float32 and weights are rounded: `_Facts.casting_bytes`.
+    Beside that, gradients become float32 and weights are rounded: `Facts.casting_bytes`.
     """
     return (facts.widening if choice.master_weights else 1.0) / _ranks_of_states(choice)
 
 
-def _optimizer(choice: Choice, gpu: Gpu, facts: _Facts, on_gpu: float) -> tuple[float, float]:
+def _optimizer(choice: Choice, gpu: Gpu, facts: Facts, on_gpu: float) -> tuple[float, float]:
     """Seconds of the optimizer, and of copies to the host and back where it runs there.
 
     Then the gradients are clipped on the GPU and copied down; when the host has stepped, the weights are copied up. Nothing

@@ -90,6 +90,10 @@ class StageModel:
         """The keys of the forms that predicting a choice takes."""
         return [self._key(choice, self._family(shape)) for shape in self._shapes(choice, 1)]
 
+    def prepare_at(self, choice: Choice, shapes: Iterable[Shape]) -> None:
+        """Makes the forms of the families of several shapes side by side."""
+        self._source.prepare(list(dict.fromkeys(self._key(choice, self._family(shape)) for shape in shapes)))
+
     def prepare(self, choices: Iterable[Choice]) -> None:
         """Makes the forms of several choices side by side."""
         self._source.prepare(list(dict.fromkeys(key for choice in choices for key in self.keys(choice))))
@@ -108,6 +112,10 @@ class StageModel:
         """Whether the choice's sizes are formulas; if not, each shape is traced by itself."""
         shape = self._shapes(choice, self.tokens)[0]
         return not self._special(self._source.traced(self._key(choice, self._family(shape))), shape)
+
+    def has_formulas(self, choice: Choice, shape: Shape) -> bool:
+        """Whether the sizes of shapes like this one are formulas, though they may not hold at all of them."""
+        return self._source.traced(self._key(choice, self._family(shape))).form is not None
 
     def trains(self, part: str) -> bool:
         """Whether parameters of a part of the model train."""
@@ -144,6 +152,10 @@ class StageModel:
         evaluation = self._traced(choice, evaluated[0])[1] if evaluated and evaluated[0] != micro else None
         return Laid(traced, form, lay_out(form, choice, self.tokens, self.images, evaluation))
 
+    def form(self, choice: Choice, shape: Shape) -> ClosedForm:
+        """The form that holds at a shape."""
+        return self._traced(choice, shape)[1]
+
     def predict(self, choice: Choice) -> Prediction:
         """What the choice needs, and whether it fits."""
         if choice not in self._predictions:
@@ -178,8 +190,7 @@ class StageModel:
     def bound(self, choice: Choice) -> int:
         """Bytes that the choice has allocated at its peak, at the least."""
         shape = self._shapes(choice, self.tokens)[0]
-        form = self._traced(choice, shape)[1]
-        return self._bounds_of(form).least_bytes(choice, shape)
+        return self._bounds_of(self.form(choice, shape)).least_bytes(choice, shape)
 
     def _bounds_of(self, form: ClosedForm) -> Bounds:
         if id(form) not in self._bounds:
@@ -193,7 +204,7 @@ class StageModel:
     def speed(self, choice: Choice) -> Speed:
         """How fast the choice is, as a roofline estimates it."""
         if choice not in self._speeds:
-            form = self._traced(choice, self._shapes(choice, self.tokens)[0])[1]
+            form = self.form(choice, self._shapes(choice, self.tokens)[0])
             samples = None if self.data.samples is None else self.data.samples * self.stage.epochs
             network = self.recipe.hardware.network_gb_s * 1e9
             self._speeds[choice] = speed.estimate(
@@ -220,8 +231,10 @@ class StageModel:
 
     def _special(self, general: Traced, shape: Shape) -> bool:
         """Whether the family's form does not hold at the shape."""
+        if general.form is None:
+            return True
         few, aligned = shape.samples * shape.tokens < LEAST_ROWS, shape.tokens % 8 == 0
-        return general.form is None or few or (aligned and general.form.pads_masks)
+        return (few and general.form.chunks) or (aligned and general.form.pads_masks)
 
     def _shapes(self, choice: Choice, tokens: int) -> list[Shape]:
         shapes = [Shape(choice.micro_batch, tokens, choice.micro_batch * self.images)]
@@ -242,6 +255,8 @@ class StageModel:
             expert_count=experts.count if experts else 0,
             expert_top_k=experts.top_k if experts else 0,
             expert_layers=json.dumps(experts.layers) if experts else "",
+            lora="" if self.stage.lora is None else self.stage.lora.model_dump_json(),
+            quantization="" if self.stage.quantization is None else self.stage.quantization.model_dump_json(),
             trained=tuple(pattern for pattern, rate in rules.items() if rate != "frozen"),
             frozen=tuple(pattern for pattern, rate in rules.items() if rate == "frozen"),
             attention=choice.attention,

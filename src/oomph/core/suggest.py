@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from oomph.core.bounds import Bounds
 from oomph.core.closed_form import LEAST_ROWS, ClosedForm, Dimension, Formula
+from oomph.core.eight_bit import EIGHT_BIT, state_bytes
 from oomph.core.layout import Shape
 from oomph.core.sharding import static_bytes
 from oomph.core.stage import StageModel
@@ -25,7 +25,6 @@ _SHORTER = (("three quarters", 3, 4), ("half", 1, 2))
 _TAKE_ANY_SIZE = frozenset({"idefics3", "smolvlm", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "paddleocr_vl", "kimi_k25"})
 _WHOLE_GRADIENTS = ("none", "ddp", "zero1")
 _FP32 = 4
-_STATE_BLOCK = 256
 _RESIDENT = "arithmetic on resident bytes"
 
 
@@ -82,22 +81,22 @@ def _adapters(parameter: Parameter) -> list[Parameter]:
 
 
 def _eight_bits(model: StageModel, choice: Choice, prediction: Prediction) -> Suggestion | None:
-    """AdamW's moments in one byte each, with a float32 maximum for every block of 256 of them.
+    """AdamW's moments in one byte each, as `state_bytes` has them; float32 copies of the weights stay.
 
-    So bitsandbytes 0.44 and later keep them (bitsandbytes/optim/optimizer.py, ``Optimizer2State.init_state``;
-    bitsandbytes-foundation/bitsandbytes#1365). That tensors of fewer than 4096 elements stay in 32 bits is not counted.
-    Sharded parameters are taken as one tensor of a rank's share.
+    Parameters that a sharding divides are taken as one tensor of a rank's share.
     """
-    if choice.optimizer_offload:
+    if choice.optimizer_offload or choice.optimizer in EIGHT_BIT:
         return None
-    states = static_bytes(model.lay_out(choice).form.parameters, choice)["optimizer"]
+    form = model.lay_out(choice).form
+    states = static_bytes(form.parameters, choice, reached=form.reached)["optimizer"]
     zero, fsdp = choice.sharding.startswith("zero"), choice.sharding.startswith("fsdp2")
-    itemsize = _FP32 if zero or choice.master_weights or choice.precision == "float32" else 2
     moments = states - states // 3 if zero or (choice.master_weights and not fsdp) else states
-    elements = moments // (2 * itemsize)
-    saved = moments - 2 * (elements + _FP32 * math.ceil(elements / _STATE_BLOCK))
+    held = max((parameter.itemsize for parameter in form.parameters if parameter.trainable), default=_FP32)
+    itemsize = _FP32 if zero or choice.master_weights else held
+    share = Parameter("share", (moments // (2 * itemsize),), "float32", True)
+    updated = [share] if zero or fsdp else [form.parameters[number] for number in sorted(form.reached)]
     change = "AdamW with 8-bit states, as bitsandbytes has it: two bytes and a little for each parameter that trains"
-    return _estimated("8-bit optimizer", change, saved, prediction, _RESIDENT)
+    return _estimated("8-bit optimizer", change, moments - state_bytes(updated, "adamw-8bit"), prediction, _RESIDENT)
 
 
 def _shorter(

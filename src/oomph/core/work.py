@@ -142,7 +142,7 @@ def fit_work(samples: Sequence[Sample], stacks: list[Stack], trained: int, check
     paired, unpaired = _pair([sample.operations for sample in samples])
     if unpaired:
         notes.append(f"operators left out, since they depend on the shape: {unpaired}")
-    table = feature_table([(sample.shape, sample.trained) for sample in samples])
+    table = feature_table([(sample.shape, sample.trained, 0) for sample in samples])
     fitter = _Fitter(table)
     formulas = [fitter.polynomials(row) for row in paired]
     if fitter.unfit:

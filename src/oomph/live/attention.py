@@ -25,7 +25,7 @@ def eager_fp32(
     """Attention that materialises its scores and computes them in fp32 from fp32 queries and keys.
 
     This is what the Phi-2 code of transformers 4.37 and of MoE-LLaVA does: queries and keys are cast up, scores are
-    divided by the root of the head size after the product, the probabilities are cast back.
+    divided by the root of the head size after the product, the probabilities are cast back. Autocast is off meanwhile.
 
     Args:
         module: the attention module; gives the number of query heads per key head.
@@ -42,7 +42,8 @@ def eager_fp32(
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(query.float(), key.float().transpose(2, 3)) / (1 / scaling)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.matmul(query.float(), key.float().transpose(2, 3)) / (1 / scaling)
     if attention_mask is not None:
         scores = scores + attention_mask
     probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from oomph.core.layout import Shape
 from oomph.errors import UserError
 from oomph.live.fake import known
+from oomph.live.modeling_oomph_llava import POOL
 
 Batch = dict[str, Any]
 
@@ -60,7 +61,8 @@ def _first(config: PretrainedConfig, default: int, *names: str) -> Any:
 def _fixed(config: PretrainedConfig, vision: PretrainedConfig) -> Images:
     """Images of the one size that the tower was trained for."""
     side, patch = _side(vision.image_size), _side(vision.patch_size)
-    patches = (side // patch) ** 2
+    pooled = POOL if str(getattr(config, "projector", "")).startswith("pool_") else 1
+    patches = (side // patch // pooled) ** 2
     if config.model_type == "gemma3":
         tokens = config.mm_tokens_per_image
     elif config.model_type == "internvl":
@@ -133,9 +135,47 @@ def text_inputs(config: PretrainedConfig, shape: Shape, images: Images | None) -
     return inputs
 
 
+def random_batch(config: PretrainedConfig, shape: Shape, images: Images | None, dtype: torch.dtype) -> Batch:
+    """A worst-case batch with values that a real model takes: the tensors of `text_inputs` and of the images, in host memory.
+
+    Token ids and labels are random, and none is an id that the configuration gives a meaning to, but for the images' tokens.
+
+    Args:
+        config: the model's.
+        shape: of the micro-batch.
+        images: how the model takes images; none for a text model.
+        dtype: of the pixels.
+    """
+    batch: Batch = dict(text_inputs(config, shape, None))
+    size = batch["input_ids"].shape
+    ordinary = _ordinary_ids(config)
+    for name in ("input_ids", "labels"):
+        batch[name] = ordinary[torch.randint(len(ordinary), size)]
+    kinds = torch.zeros(size, dtype=torch.long)
+    if images is not None and shape.images:
+        image_token = _image_token(config)
+        kinds = (_token_ids(config, shape, images.tokens) == image_token).long()
+        batch["input_ids"].masked_fill_(kinds.bool(), image_token)
+        batch |= images.inputs(shape.images, dtype)
+        batch["pixel_values"].normal_()
+    if "position_ids" in batch:
+        batch["position_ids"] = torch.arange(shape.tokens).expand(3, *size).contiguous()
+    if "token_type_ids" in batch:
+        batch["token_type_ids"] = kinds
+    return batch
+
+
+def _ordinary_ids(config: PretrainedConfig) -> Tensor:
+    """Ids of the vocabulary without those that a setting names, padding for instance; all ids where nothing else is left."""
+    text = config.get_text_config()
+    settings = [*config.to_dict().items(), *text.to_dict().items()]
+    special = {value for name, value in settings if isinstance(value, int) and name.endswith(("token_id", "token_index"))}
+    ids = torch.tensor([number for number in range(text.vocab_size) if number not in special])
+    return ids if len(ids) else torch.arange(text.vocab_size)
+
+
 def _token_ids(config: PretrainedConfig, shape: Shape, tokens_per_image: int) -> Tensor:
-    image_token = getattr(config, "image_token_id", None)
-    image_token = config.image_token_index if image_token is None else image_token
+    image_token = _image_token(config)
     ids = torch.zeros((shape.samples, shape.tokens), dtype=torch.long)
     if image_token == 0:
         ids += 1
@@ -143,3 +183,8 @@ def _token_ids(config: PretrainedConfig, shape: Shape, tokens_per_image: int) ->
     for sample in range(shape.samples):
         ids[sample, : (share + (sample < more)) * tokens_per_image] = image_token
     return ids
+
+
+def _image_token(config: PretrainedConfig) -> int:
+    number: int | None = getattr(config, "image_token_id", None)
+    return int(config.image_token_index) if number is None else number

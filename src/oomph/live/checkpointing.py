@@ -22,6 +22,8 @@ _STRIDES = {"blocks": 1, "blocks-offload": 1, "every-2": 2, "every-3": 3, "every
 def apply_checkpointing(model: PreTrainedModel, language: str, vision: str) -> None:
     """Chooses the blocks that are recomputed in the backward, in place; they keep their inputs only.
 
+    It may be called again between two steps, with other settings: what they compute stays the same.
+
     transformers also makes the embeddings' outputs require gradients, for adapters on a frozen model; a frozen vision
     tower would keep a graph for nothing, so that is undone.
 
@@ -36,6 +38,8 @@ def apply_checkpointing(model: PreTrainedModel, language: str, vision: str) -> N
         UserError: transformers cannot recompute this model's blocks.
     """
     if language == vision == "none":
+        if model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
         return
     blocks = list(_blocks(model))
     if not model.supports_gradient_checkpointing or not blocks:

@@ -9,6 +9,7 @@
 * transformers looks in the position ids for several sequences packed in one row; a real run with plain positions finds
   none and drops the mask, but with fake tensors, which it takes for a graph capture, it keeps one.
 * AdamW reads its step counter, which lives on the CPU.
+* A scaler of the loss reads whether all gradients are finite: they are.
 * A list of a tensor's values is read at once, as a copy from the GPU would.
 """
 
@@ -18,7 +19,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -108,8 +109,12 @@ def known(make: Callable[[], Tensor]) -> Tensor:
 
 
 @contextmanager
-def answering() -> Iterator[None]:
-    """Model code that runs in the block gets the answers that this file's first lines list."""
+def answering(without: Collection[str] = ()) -> Iterator[None]:
+    """Model code that runs in the block gets the answers that this file's first lines list.
+
+    Args:
+        without: names of CUDA rules that are switched off; ``packed-mask-dropped`` is one of them.
+    """
     adam: Any = importlib.import_module("torch.optim.adam")
     packed, value = masking.find_packed_sequence_indices, adam._get_value
 
@@ -118,12 +123,17 @@ def answering() -> Iterator[None]:
 
     with (
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", VIEWS),
-        mock.patch.object(masking, "find_packed_sequence_indices", none_packed),
+        mock.patch.object(masking, "find_packed_sequence_indices", packed if "packed-mask-dropped" in without else none_packed),
         mock.patch.object(adam, "_get_value", lambda x: 1.0 if isinstance(x, Tensor) else value(x)),
         mock.patch.object(FakeTensor, "tolist", _as_list),
+        mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _stepping),
         _real_helpers(),
     ):
         yield
+
+
+def _stepping(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
+    return optimizer.step(*args, **kwargs)
 
 
 _one_by_one = FakeTensor.tolist

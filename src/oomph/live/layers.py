@@ -35,27 +35,40 @@ def shorten(model: nn.Module, units: int) -> list[Stack]:
     the backward is one of its settings, and a pattern of such layers is a unit. Only layers at the end of the repetition go,
     so that a forward that looks a layer up by its number finds the same kind of layer there.
     """
-    result = []
+    (stacks,) = arrange(model, units)
+    drop_layers(model, stacks)
+    return stacks
+
+
+def arrange(model: nn.Module, *units: int) -> list[list[Stack]]:
+    """The stacks of a whole model as `shorten` would leave them with each of these numbers of units. Nothing is dropped."""
+    found: list[list[Stack]] = [[] for _ in units]
     for path, layers in find_stacks(model):
         known: dict[Any, int] = {}
         kinds = [known.setdefault(_signature(layer), len(known)) for layer in layers]
-        stack = _repetition(path, kinds, _numbered(model, path), units)
-        keep = stack.prefix + stack.unit * stack.units
-        dropped = range(keep, len(layers) - stack.suffix)
-        for index in reversed(dropped):
+        numbered = _numbered(model, path)
+        for stacks, number in zip(found, units, strict=True):
+            stacks.append(_repetition(path, kinds, numbered, number))
+    return found
+
+
+def drop_layers(model: nn.Module, stacks: list[Stack]) -> None:
+    """Drops layers, in place, from a model that has at least those that the stacks hold."""
+    for stack in stacks:
+        layers: Any = model.get_submodule(stack.path)
+        before = len(layers)
+        for index in reversed(range(stack.prefix + stack.unit * stack.units, before - stack.suffix)):
             del layers[index]
-        _tell_config(model, path, stack)
-        result.append(stack)
-    return result
+        _tell_config(model, stack.path, before, stack.layers)
 
 
-def _tell_config(model: nn.Module, path: str, stack: Stack) -> None:
+def _tell_config(model: nn.Module, path: str, before: int, after: int) -> None:
     """Corrects the number of layers in the configuration beside the stack: transformers resolves negative numbers by it."""
     for _, module in _ancestors(model, path):
         config = getattr(module, "config", None)
         for name in ("num_hidden_layers", "depth"):
-            if getattr(config, name, None) == stack.full_layers:
-                setattr(config, name, stack.layers)
+            if getattr(config, name, None) == before:
+                setattr(config, name, after)
                 return
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from oomph.errors import UserError
 from oomph.live.attention import hf_attention
+from oomph.live.modeling_oomph_llava import POOL, OomphLlavaConfig
 from oomph.live.moe import Experts
+from oomph.live.quantization import HeldWeight
 
+LLAVA_PROJECTOR = "mlp2x_gelu"
+"""The projector that ``LlavaForConditionalGeneration`` has."""
 _VISION = {"vision_tower", "visual", "vision_model", "vision_encoder"}
 _PROJECTOR = {"multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp_AR", "merger"} | {
     "deepstack_merger_list"
@@ -40,7 +45,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         UserError: transformers does not know the model's type or cannot read the file.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = _own_llava(folder) or AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each configuration class checks in its own way
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}") from None
     for part in (config, getattr(config, "text_config", None)):
@@ -52,27 +57,55 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def _own_llava(folder: Path) -> LlavaConfig | None:
+    """The configuration of a LLaVA that was saved with its projector's name, as `compose_llava` makes it; else none."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if content.get("model_type") != OomphLlavaConfig.model_type:
+        return None
+    left_out = ("auto_map", "model_type", "architectures")
+    return LlavaConfig.from_dict({name: value for name, value in content.items() if name not in left_out})
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def compose_llava(vision: PretrainedConfig, language: PretrainedConfig, feature_layer: int, feature_select: str) -> LlavaConfig:
+def compose_llava(
+    vision: PretrainedConfig,
+    language: PretrainedConfig,
+    feature_layer: int,
+    feature_select: str,
+    projector: str = LLAVA_PROJECTOR,
+) -> LlavaConfig:
     """LLaVA's configuration from its parts: a vision tower, a projector and a causal language model.
 
+    Where the projector is not LLaVA's own, the configuration has an attribute `projector` that names it.
+
     Raises:
-        UserError: the language part is none.
+        UserError: the language part is none, or the projector cannot be between them.
     """
     if type(language) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{language.model_type} is no causal language model, and cannot be the language part")
     if getattr(vision, "vision_config", None) is not None:
         vision = vision.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
+    side = vision.image_size // vision.patch_size
+    if projector == "identity" and vision.hidden_size != language.hidden_size:
+        raise UserError(
+            f"projector identity: the tower's width {vision.hidden_size} is not the language model's {language.hidden_size}",
+            "linear and mlpNx_gelu turn one into the other",
+        )
+    if projector.startswith("pool_"):
+        if feature_select == "full":
+            raise UserError(f"projector {projector}: the class token has no place in the grid", "vision_feature_select: patch")
+        side //= POOL
+    named: dict[str, Any] = {} if projector == LLAVA_PROJECTOR else {"projector": projector}
     return LlavaConfig(
+        **named,
         vision_config=vision,
         text_config=language,
         image_token_index=language.vocab_size - 1,
-        image_seq_length=patches,
+        image_seq_length=side**2,
         projector_hidden_act="gelu",
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default" if feature_select == "patch" else "full",
@@ -80,8 +113,10 @@ def compose_llava(vision: PretrainedConfig, language: PretrainedConfig, feature_
     )
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def build(config: PretrainedConfig, dtype: torch.dtype, attention: str, device: str = "meta") -> PreTrainedModel:
     """The model on the ``meta`` device, in training mode, its weights' shapes and nothing else.
+
+    On another device it has the values that transformers gives to new models, and LLaVA's own projector in any case.
 
     Raises:
         UserError: the configuration is of a model that generates no text, so that there is no training step for it, or
@@ -99,7 +134,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTr
             "name it as the vision part of a model that is made of parts",
         )
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model: PreTrainedModel = auto.from_config(config, dtype=dtype, attn_implementation=hf_attention(attention))
         model.tie_weights()
     except Exception as error:  # the model's own classes check their configuration as they are built
@@ -111,27 +146,23 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTr
     return model
 
 
-def projector(kind: str, inputs: int, outputs: int) -> nn.Module:
-    """LLaVA's projectors: ``identity``, ``linear``, or ``mlp{N}x_gelu`` with N linear layers."""
-    if kind == "identity":
-        return nn.Identity()
-    depth = 1 if kind == "linear" else int(kind.removeprefix("mlp").removesuffix("x_gelu"))
-    layers: list[nn.Module] = [nn.Linear(inputs, outputs)]
-    for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(outputs, outputs)]
-    return nn.Sequential(*layers)
+def without_adapters(name: str) -> str:
+    """The name of a parameter or module in the model before PEFT put adapters around it; an adapter keeps its own."""
+    return name if ".lora_" in name else name.replace(".base_layer", "")
 
 
 def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
-    """A function from a parameter's name to its part: vision, projector, language, experts, router or head."""
-    experts = {path for path, module in model.named_modules() if _holds_experts(module)}
+    """A function from a parameter's name to its part: vision, projector, language, experts, router, head or lora."""
+    experts = {without_adapters(path) for path, module in model.named_modules() if _holds_experts(module)}
     routed = {path.rpartition(".")[0] for path in experts}
     head = model.get_output_embeddings()
     heads = {path for path, module in model.named_modules() if module is head}
 
     def part(name: str) -> str:
-        module = name.rpartition(".")[0]
+        module = without_adapters(name).rpartition(".")[0]
         steps = set(name.split("."))
+        if any(step.startswith("lora_") for step in steps):
+            return "lora"
         if steps & _PROJECTOR:
             return "projector"
         if steps & _VISION:
@@ -163,6 +194,8 @@ def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
             new: Tensor = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
             trained = isinstance(tensor, nn.Parameter)
             fakes[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if trained else new
+            if isinstance(tensor, HeldWeight):
+                tensor.carry(fakes[id(tensor)], fake)
         return fakes[id(tensor)]
 
     for module in model.modules():

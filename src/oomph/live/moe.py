@@ -222,7 +222,7 @@ class Experts(nn.Module):
             [tokens, hidden].
         """
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.get_parameter("up_proj").dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._held("up_proj").dtype
         top_k = chosen.shape[-1]
         expert, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(self.count, device=hidden.device)
@@ -237,13 +237,18 @@ class Experts(nn.Module):
         by_token = torch.empty_like(out).index_copy_(0, order, out).view(-1, top_k, out.shape[1])
         return (by_token * weights[..., None].to(dtype)).sum(dim=1)
 
+    def _held(self, part: str) -> Tensor:
+        """The weights of a part; with PEFT's adapters around them, their sum."""
+        weight: Tensor = getattr(self, part)
+        return weight
+
     def _linear(self, part: str, rows: Tensor, ends: Tensor, one_hot: Tensor) -> Tensor:
         """Each expert's linear map on its own rows: [rows, in] to [rows, out].
 
         The bias is added as a product with the one-hot expert numbers, [rows, count]: its gradient is then a matrix
         product too, where indexing would add thousands of rows to few addresses one by one.
         """
-        weight: Tensor = getattr(self, part)
+        weight = self._held(part)
         bias: Tensor | None = getattr(self, f"{part}_bias")
         out = _grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), ends)
         return out if bias is None else out.addmm_(one_hot, bias.to(rows.dtype))

@@ -82,6 +82,7 @@ class HostOptimizer(torch.optim.AdamW):
 
     def __init__(self, parameters: Iterable[Any], master_weights: bool = False, **settings: Any) -> None:
         super().__init__(parameters, fused=True, **settings)
+        self._step_supports_amp_scaling = False  # a scaler of the loss leaves the step out itself
         self._masters = master_weights
         groups = [{**group, "params": [self._host(p) for p in group["params"]]} for group in self.param_groups]
         self._adamw = torch.optim.AdamW(groups, fused=True, **settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -14,11 +13,17 @@ from oomph.core.forms import FormKey, Traced
 from oomph.core.layout import Shape
 from oomph.core.unroll import UNITS, NotPeriodic
 from oomph.errors import UntraceableError
+from oomph.live.adapters import add_adapters, check_rules
 from oomph.live.batch import Images, images_of
-from oomph.live.model import build, compose_llava, part_finder, projector, read_config
+from oomph.live.model import LLAVA_PROJECTOR, build, compose_llava, part_finder, read_config, without_adapters
+from oomph.live.modeling_oomph_llava import projector
 from oomph.live.moe import upcycle
+from oomph.live.precision import arithmetic_of
+from oomph.live.quantization import quantize
 from oomph.live.simulate import Setup, Simulator
 from oomph.recipe import cover
+from oomph.recipe.rules import parse_pattern
+from oomph.recipe.schema import Lora
 
 WHOLE = 1 << 20
 
@@ -39,14 +44,14 @@ def make_form(key: FormKey) -> Traced:
     family = Family(key.one_sample, key.images)
     *made, held_out = family.examples(tokens)
     try:
-        deeper = _simulator(key, copy.deepcopy(model), images, UNITS + 1)
-        shallow = _simulator(key, model, images, UNITS)
-        traces = [(shape, shallow.trace(Shape(*shape))) for shape in made]
-        form = fit(traces, (held_out, deeper.trace(Shape(*held_out))))
+        simulator = _simulator(key, model, images, UNITS + 1, UNITS)
+        check = simulator.trace(Shape(*held_out))
+        simulator.shorten()
+        form = fit([(shape, simulator.trace(Shape(*shape))) for shape in made], (held_out, check))
     except (NotClosed, NotPeriodic, UntraceableError) as reason:
         return Traced(None, tokens, f"no closed form: {reason}")
     note = f"; step time: {form.work.note}" if form.work.note else ""
-    return Traced(form, tokens, f"closed form of {len(traces)} traces, checked on one more shape and depth{note}")
+    return Traced(form, tokens, f"closed form of {len(made)} traces, checked on one more shape and depth{note}")
 
 
 def read_model_config(key: FormKey) -> PretrainedConfig:
@@ -60,41 +65,60 @@ def read_model_config(key: FormKey) -> PretrainedConfig:
     assert key.vision is not None
     assert key.language is not None
     vision, language = read_config(Path(key.vision)), read_config(Path(key.language))
-    return compose_llava(vision, language, key.vision_feature_layer, key.vision_feature_select)
+    layer, select = key.vision_feature_layer, key.vision_feature_select
+    return compose_llava(vision, language, layer, select, key.projector or LLAVA_PROJECTOR)
 
 
 def build_model(key: FormKey, config: PretrainedConfig) -> PreTrainedModel:
-    """The key's model on the ``meta`` device, upcycled where the stage asks for it, with what trains requiring gradients.
+    """The key's model on the ``meta`` device, changed as the stage asks for it, with what trains requiring gradients.
+
+    It is upcycled first, then quantized, then gets its adapters. The rules mean names as they are without adapters.
 
     Raises:
-        UserError: the model cannot be built, or the rules do not cover its parameters.
+        UserError: the model cannot be built or changed, or the rules do not cover its parameters.
     """
-    dtype = getattr(torch, key.precision)
-    model = build(config, dtype, key.attention)
-    if key.projector is not None:
-        _set_projector(model, key.projector, dtype)
+    arithmetic = arithmetic_of(key.precision)
+    model = build(config, arithmetic.frozen, key.attention)
+    _set_projector(model, arithmetic.frozen)
     if key.expert_count:
         upcycle(model, key.expert_count, key.expert_top_k, json.loads(key.expert_layers))
+    check_rules((*key.trained, *key.frozen), bool(key.lora))
+    if key.quantization:
+        rates = _rates(key, model, adapters=False)
+        quantize(model, key.quantization, lambda name: rates[name] is not None)
+    if key.lora:
+        add_adapters(model, Lora.model_validate_json(key.lora))
+    rates = _rates(key, model, adapters=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rates[without_adapters(name)] is not None)
     part = part_finder(model)
-    named = list(model.named_parameters())
-    rules: dict[str, float | str] = {**dict.fromkeys(key.trained, 1.0), **dict.fromkeys(key.frozen, "frozen")}
-    rates = cover(rules, [(name, part(name)) for name, _ in named])  # type: ignore[arg-type]
-    for name, parameter in named:
-        parameter.requires_grad_(rates[name] is not None)
+    arithmetic.lift(model, part)
     model.train()
     return model
 
 
-def _set_projector(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> None:
-    """Replaces LLaVA's projector, which is ``mlp2x_gelu``, where the recipe names another."""
-    if kind == "mlp2x_gelu":
-        return
-    sizes = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
-    with torch.device("meta"):
-        model.base_model.multi_modal_projector = projector(kind, *sizes).to(dtype)
+def _rates(key: FormKey, model: PreTrainedModel, adapters: bool) -> dict[str, float | None]:
+    """The learning rate of every parameter by the name it has without adapters, 1 where it trains and None where not."""
+    part = part_finder(model)
+    rules: dict[str, float | str] = {**dict.fromkeys(key.trained, 1.0), **dict.fromkeys(key.frozen, "frozen")}
+    named = [(without_adapters(name), part(name)) for name, _ in model.named_parameters()]
+    meant = rules if adapters else {text: rate for text, rate in rules.items() if parse_pattern(text).part != "lora"}
+    return cover(meant, named)  # type: ignore[arg-type]
 
 
-def _simulator(key: FormKey, model: PreTrainedModel, images: Images | None, units: int) -> Simulator:
+def _set_projector(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replaces LLaVA's own projector where the configuration names another."""
+    kind = getattr(model.config, "projector", LLAVA_PROJECTOR)
+    if kind != LLAVA_PROJECTOR:
+        sizes = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+        with torch.device("meta"):
+            model.base_model.multi_modal_projector = projector(kind, *sizes).to(dtype)
+
+
+def _simulator(
+    key: FormKey, model: PreTrainedModel, images: Images | None, units: int, then: int | None = None
+) -> Simulator:
     capability = (key.capability[0], key.capability[1]) if key.capability else None
-    setup = Setup(key.attention, key.loss, key.optimizer, key.checkpointing, key.vision_checkpointing, capability)
-    return Simulator(model, setup, units, images)
+    knobs = key.attention, key.loss, key.optimizer, key.checkpointing, key.vision_checkpointing
+    setup = Setup(*knobs, capability, precision=key.precision)
+    return Simulator(model, setup, units, images, then)

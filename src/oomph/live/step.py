@@ -1,16 +1,18 @@
 """One optimizer step: the function that the trainer runs and the tracer records.
 
     for each micro-batch of the step's samples:
-        forward; the loss is summed over tokens and divided by the tokens of the whole step
-        backward; gradients add up
-    clip the gradients; step the optimizer; drop the gradients
+        forward, under autocast in mixed precision; the loss is summed over tokens and divided by those of the whole step
+        backward of the loss, scaled in float16-mixed; gradients add up
+    unscale and clip the gradients; step the optimizer; drop the gradients
 
-The gradient does not depend on how the samples are cut into micro-batches, in exact arithmetic.
+`accumulate` is the loop, which may run again; `commit` is the last line. The gradient does not depend on how the samples are
+cut into micro-batches, in exact arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -81,6 +83,8 @@ def train_step(
     num_tokens: int,
     max_grad_norm: float | None = 1.0,
     on: Callable[[str, int], None] = lambda phase, index: None,
+    around_forward: Callable[[], AbstractContextManager[object]] = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Runs one step and returns the mean loss over the step's tokens, a tensor without dimensions.
 
@@ -92,26 +96,87 @@ def train_step(
         num_tokens: label tokens of the whole step, over all micro-batches and ranks.
         max_grad_norm: the largest norm of the gradient; none to leave it as it is.
         on: told "forward" and "backward" with the micro-batch's number, and "optimizer", as each begins.
+        around_forward: makes what each forward and its loss run in, autocast for instance.
+        scaler: scales the loss before the backward; none to leave it as it is.
+    """
+    total = accumulate(model, batches, loss, num_tokens, on, around_forward, scaler)
+    on("optimizer", len(batches))
+    commit(optimizer, max_grad_norm, scaler)
+    return total
+
+
+def accumulate(
+    model: PreTrainedModel,
+    batches: Sequence[Callable[[], Batch]],
+    loss: Loss,
+    num_tokens: int,
+    on: Callable[[str, int], None] = lambda phase, index: None,
+    around_forward: Callable[[], AbstractContextManager[object]] = nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Forward and backward of every micro-batch: the part of a step that may run again once the gradients are dropped.
+
+    Gradients add up in the dtype of their parameters, as torch has it: in float32 where what trains is float32, as in mixed
+    precision; in 16 bits otherwise, where each sum is rounded and so depends on the cut.
+
+    Args:
+        model: in training mode, without gradients.
+        batches: one function for each micro-batch, at least one. Each gives the same batch whenever it is called.
+        loss: one of `LOSSES`.
+        num_tokens: label tokens of the whole step.
+        on: told "forward" and "backward" with the micro-batch's number.
+        around_forward: makes what each forward and its loss run in.
+        scaler: scales the loss before the backward.
+
+    Returns:
+        The mean loss over the step's tokens, a tensor without dimensions.
     """
     total: Tensor | None = None
     for index, collate in enumerate(batches):
         on("forward", index)
-        value = loss(model, collate(), num_tokens)
+        with around_forward():
+            value = loss(model, collate(), num_tokens)
         on("backward", index)
-        value.backward()
+        (value if scaler is None else scaler.scale(value)).backward()
         value = value.detach()
         total = value if total is None else total.add_(value)
         del value
-    on("optimizer", len(batches))
-    commit(optimizer, max_grad_norm)
     assert total is not None
     return total
 
 
-def commit(optimizer: torch.optim.Optimizer, max_grad_norm: float | None = 1.0) -> None:
-    """Clips the gradients, steps the optimizer and drops the gradients: what must never run twice for one step."""
-    if max_grad_norm is not None:
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=True)
-    optimizer.step()
+def commit(
+    optimizer: torch.optim.Optimizer, max_grad_norm: float | None = 1.0, scaler: torch.amp.GradScaler | None = None
+) -> None:
+    """What is left of a step when its gradients are there: `clip` and `update`."""
+    clip(optimizer, max_grad_norm, scaler)
+    update(optimizer, scaler)
+
+
+def clip(
+    optimizer: torch.optim.Optimizer, max_grad_norm: float | None = 1.0, scaler: torch.amp.GradScaler | None = None
+) -> Tensor | None:
+    """Unscales the gradients and clips them. It changes nothing else, so a step may still begin anew after it.
+
+    Returns:
+        The norm of the gradient before it was clipped, a tensor without dimensions; none where there is no largest norm.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if max_grad_norm is None:
+        return None
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(trained, max_grad_norm, foreach=True)
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> None:
+    """Steps the optimizer and drops the gradients: what must never run twice for one step.
+
+    With a scaler the optimizer does not step where a gradient is not finite, and the scale becomes smaller.
+    """
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)

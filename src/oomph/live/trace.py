@@ -26,11 +26,12 @@ from oomph.core.trace import NOWHERE, Operation, Parameter, Piece, Stack, Storag
 from oomph.live.cuda_rules import CudaRules, Extra, Program, as_unwatched
 from oomph.live.layers import Owner, owners
 from oomph.live.offload import in_host_memory
+from oomph.live.quantization import Arrival, arrival
 from oomph.live.tensors import dtype_name, tensors_in
 from oomph.live.work import Done, Meter, temporaries
 
 _EMPTY = Owner("", NOWHERE)
-_HOST = -1
+HOST = -1
 """In place of a storage's number: it lies on the CPU, and its life is not recorded."""
 _HOST_PLACE = -2
 """In place of a place: on the CPU."""
@@ -62,6 +63,7 @@ class Recorder(TorchDispatchMode):
         self.trace = Trace(stacks=list(stacks))
         self.phase = "load"
         self._rules = rules
+        self._without = rules.without if rules is not None else frozenset()
         self._meter = Meter(rules.device.capability if rules is not None else None)
         self._owners = owners(model, list(stacks))
         self._frames: list[Owner] = []
@@ -122,24 +124,36 @@ class Recorder(TorchDispatchMode):
             self.trace.parameters.append(Parameter(name, shape, dtype_name(p.dtype), p.requires_grad, part(name)))
         for path, module in _children_first(model):
             owner = self._owners[path]
-            tensors: Iterable[Tensor | None] = (*module._parameters.values(), *module._buffers.values())
-            for tensor in tensors:
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.untyped_storage()._cdata not in self._live:
-                    kind = Kind("load", owner.template, "load", "weight", dtype_name(tensor.dtype))
-                    self._birth(tensor, kind, owner.place, owner.place, self._parameter_index.get(id(tensor), -1))
+                    self._arrive(arrival(module, name) or Arrival((), (tensor,)), owner)
+
+    def _arrive(self, weight: Arrival, owner: Owner) -> None:
+        """What brings a weight to the GPU is there until all of the weight is."""
+        extras = [Extra(shape, dtype, "source") for shape, dtype in weight.transients]
+        transients = [self._extra(extra, "load", owner, "load", owner.place) for extra in extras]
+        for tensor in weight.held:
+            if tensor.untyped_storage()._cdata not in self._live:
+                kind = Kind("load", owner.template, "load", "weight", dtype_name(tensor.dtype))
+                self._birth(tensor, kind, owner.place, owner.place, self._parameter_index.get(id(tensor), -1))
+        for number in transients:
+            self._event(~number, owner.place)
 
     def assign(self, tensors: Iterable[tuple[int, Tensor]], role: str) -> None:
-        """Gives the storages of tensors a role and the parameter they belong to, and that parameter's home."""
+        """Gives the storages of tensors a role and the parameter they belong to, and that parameter's home.
+
+        The parameter is -1 for a tensor that belongs to several, and then has no home.
+        """
         for parameter, tensor in tensors:
             entry = self._live.get(tensor.untyped_storage()._cdata)
-            if entry is not None and entry[0] != _HOST:
+            if entry is not None and entry[0] != HOST:
                 self._relabel(entry[0], role, parameter)
 
     def _relabel(self, number: int, role: str, parameter: int) -> None:
         storage = self.trace.storages[number]
         if storage.kind.role == "weight":
             return
-        owner = self._parameter_owners[parameter]
+        owner = self._parameter_owners[parameter] if parameter >= 0 else _EMPTY
         kind = storage.kind._replace(role=role, module=owner.template)
         self.trace.storages[number] = storage._replace(kind=kind, home=owner.place, parameter=parameter)
         if role == "optimizer":
@@ -223,12 +237,13 @@ class Recorder(TorchDispatchMode):
 
     def _death(self, key: int, _: object) -> None:
         entry = self._live.pop(key, None)
-        if entry is None or entry[0] == _HOST:
+        if entry is None or entry[0] == HOST:
             return
         number = entry[0]
         home = self.trace.storages[number].home
         inside = self._frames and self._frames[-1].place != NOWHERE
-        own = self.phase == "optimizer" or (self._here == NOWHERE and not inside)
+        released = self.phase == "backward" and not self._frames and torch._C._current_autograd_node() is None
+        own = self.phase == "optimizer" or released or (self._here == NOWHERE and not inside)
         self._event(~number, home if own else self._here)
 
     def _extra(self, extra: Extra, op: str, owner: Owner, phase: str, where: int) -> int:
@@ -244,7 +259,7 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         with torch._C.DisableTorchFunction():
-            return self._record(*as_unwatched(func, args, kwargs or {}), kwargs or {})
+            return self._record(*as_unwatched(func, args, kwargs or {}, self._without), kwargs or {})
 
     def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operator and records what it allocates and frees."""
@@ -254,7 +269,7 @@ class Recorder(TorchDispatchMode):
         if self._rules is not None and in_host_memory():
             for tensor in tensors_in(outputs):
                 if tensor.untyped_storage()._cdata not in self._live:
-                    self._adopt(tensor, _HOST)
+                    self._adopt(tensor, HOST)
             return outputs
         owner, phase = self._owner_now()
         if owner.place != NOWHERE:
@@ -305,7 +320,7 @@ class Recorder(TorchDispatchMode):
     def _place_of(self, tensor: Tensor) -> int:
         """The home of the tensor's storage."""
         number = self._live.get(tensor.untyped_storage()._cdata, (None,))[0]
-        if number == _HOST:
+        if number == HOST:
             return _HOST_PLACE
         return self._here if number is None else self.trace.storages[number].home
 
@@ -321,7 +336,7 @@ class Recorder(TorchDispatchMode):
             if tensor.untyped_storage()._cdata in self._live:
                 continue
             if self._rules is not None and self._on_host(func, position, kind.phase):
-                self._adopt(tensor, _HOST)
+                self._adopt(tensor, HOST)
                 continue
             home = owner.place
             if kind.phase == "optimizer":
@@ -343,7 +358,7 @@ class Recorder(TorchDispatchMode):
             first = first[position] if position < len(first) else None
         if isinstance(first, Tensor):
             entry = self._live.get(first.untyped_storage()._cdata)
-            if entry is not None and entry[0] != _HOST:
+            if entry is not None and entry[0] != HOST:
                 return self.trace.storages[entry[0]].home
         return self._here
 

@@ -124,10 +124,10 @@ def _operator(func: Any) -> _Operator | None:
         return None
     shape_only = name.endswith("_like") or name.startswith("new_")
     lists = any(str(argument.type) == "List[Tensor]" for argument in schema.arguments)
-    if func is _aten._fused_adamw_.default or func is _aten._fused_adam_.default:
-        written -= {1}
+    written -= _READ_ONLY.get(name, frozenset())
     passes = 1 if name in _WRITE_ONLY else 2
-    return _Operator(written, passes, not shape_only, makes, lists, _FLOPS.get(func), _TRAFFIC.get(name))
+    flops = _FLOPS.get(func) or _QUANTIZED.get(name)
+    return _Operator(written, passes, not shape_only, makes, lists, flops, _TRAFFIC.get(name))
 
 
 def _dtype(args: Arguments, outputs: Any) -> str:
@@ -270,6 +270,13 @@ _TRAFFIC: dict[str, Traffic] = {
 _WRITE_ONLY = frozenset(
     "copy_ fill_ zero_ normal_ uniform_ bernoulli_ random_ exponential_ _foreach_copy_ _foreach_zero_".split()
 )
+_READ_ONLY = {
+    "_fused_adamw_": frozenset({1}),
+    "_fused_adam_": frozenset({1}),
+    "optimizer_update_32bit": frozenset({1}),
+    "optimizer_update_8bit_blockwise": frozenset({1, 12, 13}),
+}
+"""Arguments that a schema marks as written and the kernel reads: gradients, and bitsandbytes' maps (``csrc/kernels.cu``)."""
 _NO_KERNEL = frozenset(
     """
     _unsafe_view empty empty_like empty_permuted empty_strided new_empty new_empty_strided lift_fresh item
@@ -291,6 +298,10 @@ def _product(left: int, right: int) -> Flops:
 
 def _linear(args: Arguments, outputs: Any) -> tuple[Product, ...]:
     return ((2, *args[0].shape, args[1].shape[0]),)
+
+
+def _quantized_linear(args: Arguments, outputs: Any) -> tuple[Product, ...]:
+    return ((2, *args[0].shape, next(tensors_in(outputs)).shape[-1]),)
 
 
 def _grouped_product(args: Arguments, outputs: Any) -> tuple[Product, ...]:
@@ -337,6 +348,9 @@ def _attention_backward(args: Arguments, outputs: Any) -> tuple[Product, ...]:
     by_query, by_value = (2, *scores, query.shape[3]), (2, *scores, value.shape[3])
     return (by_query, by_value, by_value, by_query, by_query)
 
+
+_QUANTIZED: dict[str, Flops] = {"gemm_4bit": _quantized_linear, "int8_mixed_scaled_mm": _quantized_linear}
+"""Operators of bitsandbytes, which exist only where it is imported."""
 
 _FLOPS: dict[Any, Flops] = {
     _aten.mm.default: _product(0, 1),

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from oomph.errors import UserError
 from oomph.recipe.suggest import did_you_mean
 
-PARTS = ("vision", "projector", "language", "experts", "router", "head")
+PARTS = ("vision", "projector", "language", "experts", "router", "head", "lora")
 _EXAMPLES = 3
 
 

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from oomph.recipe.rules import parse_pattern
-from oomph.records import Attention, Checkpointing, Loss, Optimizer, Precision, Sharding, VisionCheckpointing
+from oomph.records import Attention, Checkpointing, Loss, Optimizer, Precision, Quantized, Sharding, VisionCheckpointing
 
 
 def _expects(expected: str) -> WrapValidator:
@@ -100,8 +100,9 @@ class Parts(Section):
 
     vision: Text
     """The vision tower: a catalogued model, a local folder, or a hub id in the local cache."""
-    projector: Annotated[str, Field(pattern=r"^(linear|identity|mlp[1-9][0-9]?x_gelu)$")]
-    """Between tower and language model: `linear`, `identity`, or `mlpNx_gelu` for N linear layers with GELU between."""
+    projector: Annotated[str, Field(pattern=r"^(identity|(pool_)?(linear|mlp[1-9][0-9]?x_gelu))$")]
+    """Between tower and language model: `linear`, `identity`, or `mlpNx_gelu` for N linear layers with GELU between.
+    `pool_linear` and `pool_mlpNx_gelu` take the mean of two by two patches first."""
     language: Text
     """The language model: a catalogued model, a local folder, or a hub id in the local cache."""
     vision_feature_layer: int = -2
@@ -110,8 +111,19 @@ class Parts(Section):
     """`patch` drops the class token, `full` keeps every token."""
 
 
+class DataFile(Section):
+    """A file of conversations."""
+
+    path: Text
+    """LLaVA's JSON or JSONL: objects with `conversations` and, where they have pictures, `image`."""
+    images: Text | None = None
+    """The folder that pictures are named in; else the file's own."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """How often an epoch holds each sample; of a fraction, as many samples of the file."""
+
+
 class Data(Section):
-    """The limits of the data: what one sample may hold."""
+    """The limits of the data: what one sample may hold. And the data."""
 
     max_tokens: Count
     """The tokens of the longest sample."""
@@ -125,6 +137,15 @@ class Data(Section):
     image_size: ImageSize | None = None
     """Pixels of a side, or [height, width], for models that take images of any size; else the size
     that the model's tower was trained for; grid models take 448 x 448 without it, and Idefics3 four by four tiles."""
+    files: list[DataFile] = []
+    """What is trained on. Planning needs none."""
+    evaluation: list[DataFile] = []
+    """What the model is evaluated on."""
+    image_aspect_ratio: Literal["pad", "square", "any"] = "pad"
+    """How a picture becomes the tower's square: `pad` adds a border, `square` cuts the middle out; `any` leaves it to the
+    processor of a model that takes images of any shape."""
+    chat_template: Text | None = None
+    """`plain`, `vicuna`, or a file with a chat template (Jinja), for tokenizers without one."""
 
 
 class StageData(Data):
@@ -173,9 +194,12 @@ class Memory(Section):
     """`full` keeps the logits of all tokens, `full-shifted` a shifted copy of them as well, `chunked` those of a
     sixteenth of them at a time."""
     precision: Literal["auto", Precision] = "auto"
-    """What weights, activations and gradients are held in."""
+    """`bfloat16`, `float16` and `float32`: what weights, activations and gradients are held in. `bfloat16-mixed` and
+    `float16-mixed`: weights that train, their gradients and the optimizer in float32, frozen weights in 16 bits, products
+    under torch's autocast; `float16-mixed` scales the loss."""
     optimizer: Literal["auto", Optimizer] = "auto"
-    """AdamW in one fused kernel, over lists of tensors, or one tensor after the other."""
+    """AdamW in one fused kernel, over lists of tensors, or one tensor after the other; or bitsandbytes' with states of
+    8 bits, on the GPU or in paged memory."""
     optimizer_offload: Annotated[Literal["auto"] | bool, _expects("auto, true or false")] = "auto"
     """Whether optimizer states live in host memory, where the optimizer then runs."""
     master_weights: Annotated[Literal["auto"] | bool, _expects("auto, true or false")] = "auto"
@@ -189,6 +213,28 @@ class Memory(Section):
     """PyTorch's allocator option of that name."""
     eval_batch: Annotated[Literal["auto", "none"] | Count, _expects("auto, none or a whole number from 1")] = "auto"
     """Samples that one GPU evaluates at a time; `none` where the run does not evaluate."""
+
+
+class Run(Section):
+    """How a run is kept, and what happens to what does not fit."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order of the samples, of random weights and of dropout."""
+    save_every: Count = 500
+    """Steps between two checkpoints; the end of a stage has one too."""
+    keep: Count = 2
+    """Checkpoints that are kept."""
+    evaluate_every: Count | None = None
+    """Steps between two evaluations; else the end of each stage has one."""
+    too_large: Literal["fail", "skip", "shrink"] = "fail"
+    """What happens to a sample that does not fit by itself: the run ends, or goes on without it, or with its images made
+    smaller."""
+    grow_after: Count = 50
+    """Steps without running out of memory after which larger micro-batches are tried again."""
+    workers: Annotated[Literal["auto"] | Annotated[int, Field(ge=0)], _expects("auto or a whole number from 0")] = "auto"
+    """Threads that read and decode samples ahead."""
+    log_to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where the numbers of each step go beside the run's own files."""
 
 
 class Experts(Section):
@@ -208,6 +254,39 @@ class Experts(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters, as PEFT makes them. They are the part `lora` of the model, and train in float32."""
+
+    rank: Count
+    """The rank of each adapter."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The adapters' outputs are scaled by alpha / rank; twice the rank without it."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapters' inputs."""
+    target_modules: Annotated[
+        Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)],
+        _expects("all-linear or a list of modules' names"),
+    ] = "all-linear"
+    """The linear layers that get an adapter, by the end of their names as in `q_proj`; `all-linear` is every one of the
+    language model but its head."""
+    target_parameters: list[Text] = []
+    """Parameters that get an adapter beside them, by the end of their names, as in `mlp.experts.gate_up_proj`: experts that are
+    held in one tensor."""
+
+
+class Quantization(Section):
+    """Frozen weights of linear layers in 8 or 4 bits, as bitsandbytes holds them."""
+
+    kind: Quantized
+    """`nf4` has 4 bits a weight and a scale for every 64, `int8` 8 bits and a scale for every row."""
+    double_quantization: bool = False
+    """Whether the scales of `nf4` are held in 8 bits themselves."""
+    upcast: bool = True
+    """Whether 16-bit weights that stay as they are become float32, as PEFT's `prepare_model_for_kbit_training` makes them."""
+    skip: list[Text] = []
+    """Modules that are not quantized, by a part of their names. The head, and layers whose weights train, never are."""
+
+
 class Stage(Section):
     """One stage of training."""
 
@@ -219,12 +298,28 @@ class Stage(Section):
     """Samples of one optimizer step, over all GPUs and micro-batches."""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Passes over the data."""
+    steps: Count | None = None
+    """Steps after which the stage ends, where its epochs have not ended it."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rates fall to zero after the warm-up, if they do."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """The share of the steps in which the learning rates rise."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """AdamW's decay of weights; biases and norms have none."""
+    max_grad_norm: Annotated[
+        Literal["none"] | Annotated[float, Field(gt=0, allow_inf_nan=False)], _expects("none or a number above 0")
+    ] = 1.0
+    """The gradient is clipped to this norm."""
     data: StageData = Field(default_factory=StageData)
     """Limits of the data that differ in this stage."""
     memory: Memory = Field(default_factory=Memory)
     """Memory knobs that differ in this stage."""
     experts: Experts | None = None
     """The experts, on a stage that upcycles the model before it trains."""
+    lora: Lora | None = None
+    """The adapters, on a stage that trains some."""
+    quantization: Quantization | None = None
+    """What frozen weights are held in, on a stage that quantizes them."""
 
 
 def _name_or_parts(value: Any) -> str:
@@ -245,12 +340,18 @@ class Recipe(Section):
     """The recipe's name, as reports show it."""
     model: Model
     """One name (a catalogued model, a local folder, or a hub id in the local cache), or the parts of a model."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """What training starts from: the weights in the model's folders, or random ones. Planning reads none."""
+    tokenizer: Text | None = None
+    """The folder of the tokenizer; else that of the model, or of its language part."""
     data: Data
-    """The limits of the data."""
+    """The limits of the data, and the data."""
     hardware: Hardware
     """What the run is planned for."""
     memory: Memory = Field(default_factory=Memory)
     """Memory knobs of every stage that does not set its own."""
+    run: Run = Field(default_factory=Run)
+    """How a run is kept."""
     stages: Annotated[tuple[Stage, ...], Field(strict=False), AfterValidator(_distinct_stages)]
     """The stages, in the order in which they run."""
 
@@ -260,10 +361,14 @@ SECTIONS: dict[str, type[Section]] = {
     "": Recipe,
     "model": Parts,
     "data": Data,
+    "files": DataFile,
     "hardware": Hardware,
     "memory": Memory,
+    "run": Run,
     "stages": Stage,
     "experts": Experts,
+    "lora": Lora,
+    "quantization": Quantization,
 }
 
 

@@ -29,7 +29,7 @@ _EXPECTED = {
     "expected": "{expected}",
 }
 _PATTERNS = {
-    "projector": "linear, identity or mlpNx_gelu with a number N, as in mlp2x_gelu",
+    "projector": "linear, identity or mlpNx_gelu with a number N, as in mlp2x_gelu, or one of them after pool_",
     "name": "letters, digits, - and _, and start with a letter or digit",
 }
 

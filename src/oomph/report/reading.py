@@ -1,4 +1,4 @@
-"""Reads what ``oomph plan --json`` wrote, and says what is wrong with anything else."""
+"""Reads what ``oomph plan``, ``oomph measure`` and ``oomph train`` wrote as JSON, and says what is wrong with anything else."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from oomph.errors import UserError
-from oomph.records import SCHEMA, Plan
+from oomph.records import SCHEMA, Measurement, Plan
 from oomph.report.lines import clean, cut
+from oomph.run_records import RunSummary
 
 _WAY_OUT = "`oomph plan RECIPE --json > plan.json` writes a plan that can be read"
+_MEASURE = "`oomph measure RECIPE --json > measured.json` writes a measurement that can be read"
+_TRAIN = "`oomph train RECIPE --json > run.json` writes a run that can be read, and so does run.json in its folder"
 _LARGEST = 2**63
 _MESSAGE = 300
+_Read = TypeVar("_Read", Plan, Measurement, RunSummary)
 
 
-def read_plan(file: str) -> Plan:
-    """The plan that a file holds.
+def read_record(file: str) -> Plan | Measurement | RunSummary:
+    """The plan, the measurement or the run that a file holds.
 
     Args:
         file: a path, or ``-`` for standard input.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or holds no plan of this version.
+        UserError: there is no such file, it cannot be read, or holds none of this version.
     """
     if file == "-":
-        return parse_plan(sys.stdin.buffer.read(), "standard input")
+        return parse_record(sys.stdin.buffer.read(), "standard input")
     try:
-        return parse_plan(Path(file).read_bytes(), file)
+        return parse_record(Path(file).read_bytes(), file)
     except FileNotFoundError:
         raise UserError(f"there is no file {file!r}", _WAY_OUT) from None
     except IsADirectoryError:
@@ -38,8 +42,8 @@ def read_plan(file: str) -> Plan:
         raise UserError(f"{file!r} cannot be read: {error.strerror}", _WAY_OUT) from None
 
 
-def parse_plan(content: bytes, name: str) -> Plan:
-    """The plan in a file's content.
+def parse_record(content: bytes, name: str) -> Plan | Measurement | RunSummary:
+    """The plan, the measurement or the run in a file's content.
 
     Args:
         content: JSON in UTF-8, UTF-16 or UTF-32.
@@ -51,15 +55,24 @@ def parse_plan(content: bytes, name: str) -> Plan:
     if not content.strip(b"\0 \t\r\n"):
         raise UserError(f"{name} is empty", f"{_WAY_OUT}; if it was to be one, stderr says what went wrong")
     data = _json(content, name)
+    if isinstance(data, dict) and data.get("kind") == "measurement":
+        return _record(Measurement, data, name, "measurement", _MEASURE)
+    if isinstance(data, dict) and data.get("kind") == "run":
+        return _record(RunSummary, data, name, "run", _TRAIN)
     if not isinstance(data, dict) or "stages" not in data:
-        raise UserError(f"{name} is JSON, but no plan", _WAY_OUT)
+        raise UserError(f"{name} is JSON, but no plan and no measurement", f"{_WAY_OUT}; {_MEASURE}")
+    return _record(Plan, data, name, "plan", _WAY_OUT)
+
+
+def _record(kind: type[_Read], data: dict[str, Any], name: str, what: str, way_out: str) -> _Read:
     if data.get("schema") != SCHEMA:
         version = f"schema {clean(repr(data['schema']))[:20]}" if "schema" in data else "no schema number"
-        raise UserError(f"{name} has {version}, and this version of oomph reads schema {SCHEMA}", f"plan anew: {_WAY_OUT}")
+        anew = {"plan": "plan anew", "measurement": "measure anew", "run": "train anew"}[what]
+        raise UserError(f"{name} has {version}, and this version of oomph reads schema {SCHEMA}", f"{anew}: {way_out}")
     try:
-        return Plan.from_json(data)
+        return kind.from_json(data)
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{name} is a damaged plan: {cut(clean(str(error)), _MESSAGE)}", _WAY_OUT) from None
+        raise UserError(f"{name} is a damaged {what}: {cut(clean(str(error)), _MESSAGE)}", way_out) from None
 
 
 def _json(content: bytes, name: str) -> Any:

@@ -71,7 +71,6 @@ def _shared(plan: Plan) -> tuple[str, ...]:
 def _stage(stage: StagePlan, gpu: str, shared: Sequence[str], width: int) -> list[Text]:
     prediction = stage.prediction
     request = prediction.failing_request
-    moment = "when it fails" if request else "at the peak"
     lines = [rule(clean(stage.name), width), Text()]
     lines += paragraph(words.verdict(prediction), width, 2, "bold green" if prediction.fits else "bold red")
     if request:
@@ -79,17 +78,24 @@ def _stage(stage: StagePlan, gpu: str, shared: Sequence[str], width: int) -> lis
     others = alternatives(stage, width)
     lines += [] if prediction.fits else others
     lines += [Text(), *_configuration(stage, width)]
-    lines += [Text(), *_card(prediction, gpu, width)]
-    lines += [Text(), *_breakdown(f"by role, {moment}", _named(prediction.by_role), width)]
-    lines += [Text(), *_breakdown(f"by module, {moment}", _top(prediction.by_module), width)]
-    lines += [Text(), *_phases(prediction, width)]
-    if prediction.largest_requests:
-        lines += [Text(), *_requests(prediction.largest_requests[:REQUESTS], moment, width)]
+    lines += memory(prediction, clean(gpu), width)
     own = [item for item in prediction.leaves_out if item not in shared]
     lines += [Text(), *field("error bound", [words.bound(prediction)], width)]
     lines += field("not counted", [clean("; ".join(own))], width) if own else []
     lines += field("trace", [clean(stage.traced)], width)
     return lines + others if prediction.fits else lines
+
+
+def memory(prediction: Prediction, card: str, width: int) -> list[Text]:
+    """The tables of a prediction: the card's memory, by role, by module, by phase, the largest requests."""
+    moment = "when it fails" if prediction.failing_request else "at the peak"
+    lines = [Text(), *_card(prediction, card, width)]
+    lines += [Text(), *_breakdown(f"by role, {moment}", _named(prediction.by_role), width)]
+    lines += [Text(), *_breakdown(f"by module, {moment}", _top(prediction.by_module), width)]
+    lines += [Text(), *_phases(prediction, width)]
+    if prediction.largest_requests:
+        lines += [Text(), *_requests(prediction.largest_requests[:REQUESTS], moment, width)]
+    return lines
 
 
 def _configuration(stage: StagePlan, width: int) -> list[Text]:
@@ -109,17 +115,18 @@ def _configuration(stage: StagePlan, width: int) -> list[Text]:
     lines = field("batch", [words.batch(stage.choice)], width)
     lines += field("sample", [words.sample(stage)], width)
     lines += field("parameters", [words.parameters(stage)], width)
+    lines += field("model", [clean(sentence) for sentence in stage.made], width) if stage.made else []
     lines += field("speed", words.speed(stage.speed, stage.prediction.fits), width) if stage.speed else []
     lines += field("pinned", [", ".join(given)], width) if given else []
     return lines + field("chosen", chosen, width) + field("derived", derived, width)
 
 
-def _card(prediction: Prediction, gpu: str, width: int) -> list[Text]:
+def _card(prediction: Prediction, card: str, width: int) -> list[Text]:
     """The card's memory: what lies outside the allocator, what is usable, and what the step takes of it."""
     usable, left = prediction.usable_bytes, words.left_bytes(prediction)
     outside = prediction.outside or {"driver and libraries": prediction.outside_bytes}
     style, room = ("green", "") if prediction.fits else ("red", "; peaks as if there were room")
-    rows = [_Row(usable + prediction.outside_bytes, "", clean(gpu), "dim")]
+    rows = [_Row(usable + prediction.outside_bytes, "", card, "dim")]
     rows += [_Row(nbytes, "", f"outside: {words.outside(name)}", "dim", "-") for name, nbytes in outside.items()]
     rows += [
         _Row(usable, percent(usable, usable), "usable", "dim", "="),

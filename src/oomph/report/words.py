@@ -85,8 +85,9 @@ def roles(role: str) -> str:
 
 
 def outside(name: str) -> str:
-    """A consumer of memory outside the allocator: ``CUDA context``."""
-    return _OUTSIDE.get(name, clean(name))
+    """A consumer of memory outside the allocator: ``CUDA context``, ``NCCL, measured on this machine``."""
+    what, comma, how = name.partition(",")
+    return f"{_OUTSIDE.get(what, clean(what))}{comma}{clean(how)}"
 
 
 def knob(name: str, value: object) -> str:
@@ -143,13 +144,16 @@ def verdict(prediction: Prediction) -> str:
 
 def failure(stage: StagePlan, request: FailingRequest) -> str:
     """The request that cannot be served, in sentences."""
+    return shortage(request, stage.prediction.usable_bytes, _moment(stage.choice, request), _legend(request, stage))
+
+
+def shortage(request: FailingRequest, usable: int, moment: str = "", legend: str = "") -> str:
+    """The request that a card of `usable` bytes cannot serve; `legend` says what the dimensions of its shape are."""
     dimensions = kept(f"{dtype(request.dtype)} {shape(request.shape)}")
-    legend = _legend(request, stage)
     what = _ROLES[request.role][1] if request.role in _ROLES else clean(request.role)
     by = "" if request.op == "load" else f" made by {operator(request.op).removesuffix(', temporary')}"
     where = f" in {clean(request.module)}" if request.module else ""
-    when = _moment(stage.choice, request)
-    usable = stage.prediction.usable_bytes
+    when = moment or _PHASES.get(request.phase, clean(request.phase))
     return (
         f"{when[:1].upper()}{when[1:]} asks for {kept(size(request.bytes))}: {dimensions}{legend}, {what}{by}{where}. "
         f"At that moment {kept(size(request.in_use_bytes))} is in use and {kept(size(request.reserved_bytes))} reserved, "

@@ -16,6 +16,8 @@ from oomph.live.cuda_rules.program import Device
 Backend = Literal["cudnn", "flash", "efficient", "math"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_CUDNN_DROPOUT_STEPS = 16
+_CUDNN_MOST_HEADS = 65535
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ def select_backend(device: Device, call: Call) -> Backend:
 
 
 def can_use_cudnn(device: Device, call: Call) -> bool:
-    """``can_use_cudnn_attention``: the mask may be present and may broadcast; key and value heads may differ."""
+    """``can_use_cudnn_attention``: a mask may broadcast, key and value heads may differ, dropout is in sixteenths."""
     return (
         device.cudnn >= 90000
         and not (call.dropout > 0.0 and 91100 < device.cudnn < 91400)
+        and call.dropout * _CUDNN_DROPOUT_STEPS == int(call.dropout * _CUDNN_DROPOUT_STEPS)
+        and max(call.query.shape[:2]) <= _CUDNN_MOST_HEADS
         and (8, 0) <= device.capability <= (12, 1)
         and _fused_shapes(call)
         and _same_dtype(call, _low_precision(device))
@@ -88,6 +92,7 @@ def can_use_efficient(device: Device, call: Call) -> bool:
         and _fused_shapes(call)
         and head_dim == call.key.size(-1)
         and all(size > 0 and size % alignment == 0 for size in (head_dim, value_dim))
+        and (device.sm < 80 or _aligned_starts(call, alignment))
         and _last_dim_contiguous(call, ignore_singleton=False)
         and _compatible_heads(call, supports_grouped=False)
         and _same_dtype(call, dtypes)
@@ -159,6 +164,11 @@ def _cudnn_shapes(device: Device, call: Call) -> bool:
         and call.key.size(2) != 1
         and not (call.query.size(2) == 1 and call.dropout != 0.0)
     )
+
+
+def _aligned_starts(call: Call, alignment: int) -> bool:
+    """``check_data_ptr_alignment_mem_efficient``: base addresses are multiples of 512 bytes, so offsets decide."""
+    return all(t.numel() == 0 or t.storage_offset() % alignment == 0 for t in (call.query, call.key, call.value))
 
 
 def _small_shared_memory(device: Device) -> bool:

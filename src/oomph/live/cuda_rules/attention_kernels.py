@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from oomph.core.cudnn_sizes import cudnn_attention_backward, cudnn_attention_forward
 from oomph.core.kernel_sizes import efficient_workspace, flash_accumulator, round_up
 from oomph.live.cuda_rules.program import Arguments, Device, Extra, Program, sized
 from oomph.live.cuda_rules.sizes import shape_of
@@ -137,3 +138,20 @@ def flash_backward(device: Device, call: Arguments, outputs: tuple[torch.Tensor,
         expanded = (batch, int(key.size(2)), heads, head)
         after += [Extra(expanded, key.dtype, "dk_expanded"), Extra(expanded, key.dtype, "dv_expanded")]
     return Program(before, tuple(after))
+
+
+# --- cuDNN -------------------------------------------------------------------------------------------------------------
+
+
+def cudnn_forward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program:
+    """``run_cudnn_SDP_fprop`` (cudnn/MHA.cpp): the execution plan's workspace, after the outputs."""
+    return Program(after=(sized("workspace", cudnn_attention_forward, device.sm),))
+
+
+def cudnn_backward(device: Device, call: Arguments, outputs: tuple[torch.Tensor, ...]) -> Program:
+    """``run_cudnn_SDP_bprop`` (cudnn/MHA.cpp): the same, after a copy of a gradient whose rows have gaps."""
+    query, key, value, gradient = call["query"], call["key"], call["value"], call["grad_out"]
+    batch, heads, queries, head = shape_of(query)
+    numbers = batch, heads, int(key.size(1)), queries, int(key.size(2)), head, int(value.size(3))
+    copies = () if gradient.stride(-1) == 1 else (Extra(shape_of(gradient), gradient.dtype, "dO"),)
+    return Program(after=(*copies, sized("workspace", cudnn_attention_backward, device.sm, *numbers)))

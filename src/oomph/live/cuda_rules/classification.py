@@ -33,7 +33,8 @@ _NETWORK = """
     im2col col2im pixel_shuffle pixel_unshuffle bernoulli bernoulli_ uniform_ normal_ random_ histc
     gelu_backward silu_backward sigmoid_backward tanh_backward threshold_backward leaky_relu_backward elu_backward
     hardswish_backward hardsigmoid_backward hardtanh_backward softplus_backward mse_loss mse_loss_backward
-    _fused_adamw_ _fused_adam_ _fused_sgd_ _local_scalar_dense item equal is_same_size polar complex
+    _fused_adamw_ _fused_adam_ _fused_sgd_ _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_
+    _local_scalar_dense item equal is_same_size polar complex
     floor_divide
 """
 _NAMES = frozenset((_FACTORIES + _COPIES + _GATHERS + _NETWORK).split())

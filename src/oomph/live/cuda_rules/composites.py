@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from oomph.errors import UserError
 from oomph.live.cuda_rules.attention import Backend, Call, can_use_efficient, can_use_flash, select_backend
+from oomph.live.cuda_rules.autocast import casting, under_autocast
 from oomph.live.cuda_rules.norms import LayerNorm, RmsNorm
 from oomph.live.cuda_rules.rules import CudaRules
 
@@ -29,6 +31,8 @@ _plain_layer_norm = torch.layer_norm
 _plain_linear = F.linear
 _plain_multi_head = F.multi_head_attention_forward
 _plain_engine = torch.autograd.graph._engine_run_backward
+_SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
+_LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax)
 
 
 def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, blocked: float = -math.inf) -> torch.Tensor | None:
@@ -61,6 +65,14 @@ def _repeat_heads(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         call.key.repeat_interleave(heads // call.key.size(-3), -3),
         call.value.repeat_interleave(heads // call.value.size(-3), -3),
     )
+
+
+def _as_repeated(call: Call) -> Call:
+    """A call with the shapes that repeated heads have, and no copies."""
+    if not call.grouped:
+        return call
+    key, value = (tensor.detach()[:, :1].expand(-1, call.query.size(1), -1, -1) for tensor in (call.key, call.value))
+    return replace(call, key=key, value=value, grouped=False)
 
 
 def _flash(call: Call, scale: float | None) -> torch.Tensor:
@@ -131,6 +143,7 @@ def _fused_softmax(fused: Callable[..., torch.Tensor], plain: Callable[..., torc
 
     def call(input: torch.Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), None))
+        dtype = torch.float32 if dtype is None and casting() else dtype
         if input.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
             return fused(input, dim, True)
         return plain(input, dim, *args, **kwargs)
@@ -157,6 +170,7 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
     return encoded.scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
+@under_autocast("fp32")
 def _rms_norm(
     input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
 ) -> torch.Tensor:
@@ -167,6 +181,7 @@ def _rms_norm(
     return out
 
 
+@under_autocast("fp32")
 def _layer_norm(
     input: torch.Tensor,
     normalized_shape: Sequence[int],
@@ -182,6 +197,7 @@ def _layer_norm(
     return out
 
 
+@under_autocast("lower_precision_fp")
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``linear`` (Linear.cpp): the bias is added in place to the product of a strided input, which no fake tensor does."""
     if bias is None or input.dim() == 2 or input.is_contiguous():
@@ -204,25 +220,27 @@ class CudaFunctions(TorchFunctionMode):
     def __init__(self, rules: CudaRules) -> None:
         super().__init__()
         self._rules = rules
-        self._softmax = _fused_softmax(torch._softmax, F.softmax)
-        self._dropout = _fused_dropout(F.dropout)
-        self._handlers: dict[Any, Callable[..., Any]] = {
-            F.scaled_dot_product_attention: self.attend,
-            F.multi_head_attention_forward: self._multi_head,
-            F.dropout: self._dropout,
-            torch.dropout: self._dropout,
-            F.one_hot: _one_hot,
-            F.linear: _linear,
-            F.layer_norm: _layer_norm,
-            torch.layer_norm: _layer_norm,
-            F.rms_norm: _rms_norm,
-            torch.rms_norm: _rms_norm,
-            F.softmax: self._softmax,
-            torch.softmax: _fused_softmax(torch._softmax, torch.softmax),
-            torch.Tensor.softmax: _fused_softmax(torch._softmax, torch.Tensor.softmax),
-            F.log_softmax: _fused_softmax(torch._log_softmax, F.log_softmax),
-            torch.log_softmax: _fused_softmax(torch._log_softmax, torch.log_softmax),
-            torch.Tensor.log_softmax: _fused_softmax(torch._log_softmax, torch.Tensor.log_softmax),
+        branches = {name: branch for name, branch in self._branches().items() if name not in rules.without}
+        self._handlers = {function: handler for branch in branches.values() for function, handler in branch.items()}
+        self._handlers[F.multi_head_attention_forward] = self._multi_head
+
+    def _branches(self) -> dict[str, dict[Any, Callable[..., Any]]]:
+        """What replaces which function, by the name of the rule."""
+        dropout = _fused_dropout(F.dropout)
+        softmax = {function: _fused_softmax(torch._softmax, function) for function in _SOFTMAX}
+        log_softmax = {function: _fused_softmax(torch._log_softmax, function) for function in _LOG_SOFTMAX}
+        return {
+            "attention-backend": {F.scaled_dot_product_attention: self.attend},
+            "bias-in-place": {F.linear: _linear},
+            "half-to-float-softmax": softmax | log_softmax,
+            "native-dropout": {F.dropout: dropout, torch.dropout: dropout},
+            "norm-kernels": {
+                F.layer_norm: _layer_norm,
+                torch.layer_norm: _layer_norm,
+                F.rms_norm: _rms_norm,
+                torch.rms_norm: _rms_norm,
+            },
+            "one-hot": {F.one_hot: _one_hot},
         }
 
     @property
@@ -247,6 +265,7 @@ class CudaFunctions(TorchFunctionMode):
         with self:
             return _plain_engine(*args, **kwargs)
 
+    @under_autocast("lower_precision_fp")
     def attend(
         self,
         query: torch.Tensor,
@@ -273,21 +292,15 @@ class CudaFunctions(TorchFunctionMode):
                 raise _refused("flash", device.capability, call)
             return "flash"
         if self._rules.attention == "efficient":
-            key, value = _repeat_heads(call)
-            if not can_use_efficient(device, Call(call.query, key, value, call.mask, call.dropout, call.causal)):
+            if not can_use_efficient(device, _as_repeated(call)):
                 raise _refused("memory-efficient", device.capability, call)
             return "efficient"
         return select_backend(device, call)
 
     def _multi_head(self, *args: Any, **kwargs: Any) -> Any:
         """``multi_head_attention_forward`` with the functions it looks up in torch.nn.functional replaced."""
-        attend, softmax, dropout = self.attend, self._softmax, self._dropout
-        fused: dict[str, Any] = {
-            "scaled_dot_product_attention": attend,
-            "softmax": softmax,
-            "dropout": dropout,
-            "linear": _linear,
-        }
+        names = ("scaled_dot_product_attention", "softmax", "dropout", "linear")
+        fused: dict[str, Any] = {name: self._handlers.get(getattr(F, name), getattr(F, name)) for name in names}
         with mock.patch.multiple(F, **fused):
             return _plain_multi_head(*args, **kwargs)
 

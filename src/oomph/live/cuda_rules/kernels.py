@@ -177,7 +177,7 @@ def _reduced_dims(call: Arguments) -> Sequence[int]:
 
 
 def total(device: Device, call: Arguments, outputs: Outputs) -> Program | None:
-    """``sum`` and ``mean`` (ReduceSumProdKernel.cu, ReduceMomentKernel.cu); sums of other types are cast first."""
+    """``sum``, ``prod``, ``mean`` (ReduceSumProdKernel.cu, ReduceMomentKernel.cu); other types are cast first."""
     tensor, result = call["self"], outputs[0]
     after: tuple[Extra, ...] = ()
     cast = tensor.dtype != result.dtype and not (tensor.dtype in _HALF and result.dtype == torch.float32)

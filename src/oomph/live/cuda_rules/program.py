@@ -95,12 +95,14 @@ class Device:
         cudnn: the cuDNN version as ``cudnnGetVersion`` gives it; 0 stands for a build without cuDNN attention. The
             torch 2.13 wheels come with 9.20.
         unified_workspaces: whether cuBLASLt shares the workspace of cuBLAS, as in torch 2.11 and later.
+        cublas_workspace_config: what ``CUBLAS_WORKSPACE_CONFIG`` says there, as in ``:4096:8``; empty where it is not set.
     """
 
     capability: tuple[int, int]
     multiprocessors: int | None = None
     cudnn: int = 92000
     unified_workspaces: bool = True
+    cublas_workspace_config: str = ""
 
     @property
     def sm(self) -> int:

@@ -8,6 +8,7 @@ residual stream's.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ _SOLE_STORAGE = 2
 
 
 def as_unwatched(
-    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], without: Collection[str] = ()
 ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
     """The operator and arguments with which torch does in place what `func` does, or both as they are.
 
@@ -44,7 +45,10 @@ def as_unwatched(
         func: the operator.
         args: its positional arguments.
         kwargs: its other arguments; they stay as they are.
+        without: names of rules that are switched off, as in `names.RULES`.
     """
+    if "unwatched-in-place" in without:
+        return func, args
     if func is _aten.add.Tensor:
         return (_aten.add_.Tensor, args) if not kwargs and _accumulates(*args) else (func, args)
     formula = _FORMULAS.get(func)
