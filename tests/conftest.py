@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -34,9 +35,8 @@ def plain_key() -> FormKey:
         projector=None,
         vision_feature_layer=0,
         vision_feature_select="",
-        expert_count=0,
-        expert_top_k=0,
-        expert_layers="",
+        experts="",
+        balance="",
         lora="",
         quantization="",
         trained=("language", "head"),
@@ -63,6 +63,13 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     own = tmp_path_factory.getbasetemp()
     os.environ["XDG_CONFIG_HOME"] = str(own / "config")
     os.environ["XDG_CACHE_HOME"] = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_arrive() -> None:
+    """Also where a shell has started the tests in its background, and with them every program that a test interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

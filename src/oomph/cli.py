@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import shlex
@@ -22,22 +23,23 @@ from oomph.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from oomph.core.forms import FormKey, Traced
+    from oomph.diagnosis_records import Diagnosis
     from oomph.live.generate import Conversation
     from oomph.recipe import Recipe
     from oomph.records import Measurement, Plan
     from oomph.run_records import EvaluationRecord, RunSummary, StepRecord
 
 WIDEST = 100
+_RENDERERS = {"Plan": "text", "Measurement": "measurement", "RunSummary": "run", "Diagnosis": "diagnosis"}
 
 # Typer keeps a copy of click of its own in some versions and imports click in others; this is UsageError in all of them.
 _UsageError: type[Any] = typer.BadParameter.__bases__[0]
 
-app = typer.Typer(
-    name="oomph",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+_Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, as micro_batch=4.")
+]
+
+app = typer.Typer(name="oomph", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 class _Command(TyperCommand):
@@ -92,9 +94,7 @@ def _oomph(
 @app.command("plan", cls=_Command, short_help="Predict a recipe's peak memory.")
 def _plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, as micro_batch=4.")
-    ] = None,
+    settings: _Settings = None,
     stages: Annotated[list[str] | None, typer.Option("--stage", metavar="NAME", help="Plan this stage; or several.")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this card.")] = None,
     gpus: Annotated[str | None, typer.Option("--gpus", metavar="N", help="Plan for this many GPUs in all.")] = None,
@@ -128,9 +128,7 @@ def _plan(
 @app.command("measure", cls=_Command, short_help="Run a recipe's step and compare it with its prediction.")
 def _measure(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, as micro_batch=4.")
-    ] = None,
+    settings: _Settings = None,
     stages: Annotated[
         list[str] | None, typer.Option("--stage", metavar="NAME", help="Measure this stage and not the first; or several.")
     ] = None,
@@ -163,9 +161,7 @@ def _measure(
 @app.command("train", cls=_Command, short_help="Train a recipe's stages.")
 def _train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of a shipped one.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, as data.max_tokens=1024.")
-    ] = None,
+    settings: _Settings = None,
     output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="The run's folder, else runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     memory_limit: Annotated[
@@ -314,18 +310,63 @@ def _eval(
     return 0
 
 
-@app.command("report", cls=_Command, short_help="Print a plan, a measurement or a run again.")
+@app.command("explain", cls=_Command, short_help="Say why memory ran out, from the error message.")
+def _explain(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What the program printed; `-` reads standard input.")],
+    settings: _Settings = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="The recipe that was run.")] = None,
+    script: Annotated[str | None, typer.Option("--script", metavar="FILE", help="Or its launch script, finetune.sh.")] = None,
+    stages: Annotated[list[str] | None, typer.Option("--stage", metavar="NAME", help="This stage failed; or several.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="The card that it ran on.")] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", metavar="N", help="How many of them in all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> int:
+    """Say which tensor an out-of-memory error was about, why it did not fit, and what helps.
+
+    Exit codes: 0 it is explained, 2 wrong usage or input, or a text without such an error, 3 a mistake of ours.
+    """
+    from oomph.core.oom.explain import explain, read_text
+
+    diagnosis = explain(*read_text(file))
+    if any((recipe, script, settings, stages, gpu, gpus)):
+        from oomph.core.explaining import Run, explain_run
+        from oomph.core.forms import CachedForms
+
+        run = Run(recipe, script, tuple(settings or ()), tuple(stages or ()), gpu, gpus)
+        with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints is no result
+            diagnosis = explain_run(diagnosis, run, CachedForms(_make_forms, _notify))
+    _answer(diagnosis, as_json)
+    return 0
+
+
+@app.command("report", cls=_Command, short_help="Show a saved record again, as text or as a page.")
 def _report(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="What --json wrote; `-` reads standard input.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="What --json wrote, or a run's folder; `-` reads standard input.")
+    ],
+    html: Annotated[str | None, typer.Option("--html", metavar="OUT", help="Write it as one HTML page to this file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page if it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document again.")] = False,
 ) -> int:
-    """Print a plan, a measurement or a run that was saved as JSON, as the command that made it would.
+    """Show a plan, a measurement, a run or a diagnosis that was saved, as the command that made it did or as an HTML page.
 
-    Exit codes: 0 it is printed, whatever it says, 2 wrong usage or input, 3 a mistake of ours.
+    Exit codes: 0 it is shown, whatever it says, 2 wrong usage or input, 3 a mistake of ours.
     """
-    from oomph.report.reading import read_record
+    from oomph.report.reading import read
 
-    _answer(read_record(file), as_json)
+    if html is not None and as_json:
+        raise UserError("--html and --json are two forms of one record", "give one of them")
+    if force and html is None:
+        raise UserError("--force is for the page that --html writes", "name it: --html report.html")
+    found = read(file)
+    if html is None:
+        _answer(found.record, as_json)
+        return 0
+    from oomph.report.html.page import page, place, save
+
+    out = place(html, force)
+    save(page(found.record, found.log), out)
+    _print(f"{out}\n")
     return 0
 
 
@@ -361,7 +402,7 @@ def _notify(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
 
-def _answer(record: Plan | Measurement | RunSummary, as_json: bool) -> None:
+def _answer(record: Plan | Measurement | RunSummary | Diagnosis, as_json: bool) -> None:
     """Prints a record as JSON or as text."""
     if as_json:
         _print(json.dumps(record.to_json(), indent=2) + "\n")
@@ -369,23 +410,15 @@ def _answer(record: Plan | Measurement | RunSummary, as_json: bool) -> None:
         _show(record)
 
 
-def _show(record: Plan | Measurement | RunSummary) -> None:
+def _show(record: Plan | Measurement | RunSummary | Diagnosis) -> None:
     """Prints a record as text, in colour where the terminal has it and the user has not said no."""
     from rich.console import Console
-
-    from oomph.records import Measurement, Plan
-    from oomph.report import measurement, run, text
 
     console = Console()
     color = console.color_system is not None and not console.no_color
     width = min(shutil.get_terminal_size().columns, WIDEST) if sys.stdout is not None and sys.stdout.isatty() else 80
-    if isinstance(record, Plan):
-        shown = text.render(record, width, color)
-    elif isinstance(record, Measurement):
-        shown = measurement.render(record, width, color)
-    else:
-        shown = run.render(record, width, color)
-    _print(shown, color)
+    renderer = importlib.import_module(f"oomph.report.{_RENDERERS[type(record).__name__]}")
+    _print(renderer.render(record, width, color), color)
 
 
 def _print(text: str, color: bool = False) -> None:

@@ -6,18 +6,26 @@ cannot disagree about what was meant.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
+
+from oomph.record import Record as Record
 
 SCHEMA = 1
 
 Phase = Literal["load", "forward", "recompute", "backward", "optimizer", "evaluate"]
 Role = Literal[
-    "weight", "gradient", "optimizer", "activation", "scores", "logits", "input", "temporary", "workspace", "communication"
+    "weight",
+    "gradient",
+    "optimizer",
+    "activation",
+    "scores",
+    "logits",
+    "dispatch",
+    "input",
+    "temporary",
+    "workspace",
+    "communication",
 ]
 Checkpointing = Literal["none", "every-4", "every-3", "every-2", "blocks", "blocks-offload"]
 VisionCheckpointing = Literal["none", "blocks"]
@@ -27,24 +35,6 @@ Precision = Literal["bfloat16", "float16", "float32", "bfloat16-mixed", "float16
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-loop", "adamw-8bit", "adamw-8bit-paged"]
 Quantized = Literal["nf4", "int8"]
 Sharding = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2-no-reshard", "fsdp2-hybrid"]
-
-
-class Record:
-    """Mixin for frozen dataclasses: ``to_json`` and ``from_json`` are inverse to each other."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return _fields(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The record that ``to_json`` wrote.
-
-        Raises:
-            ValueError: a key is missing or unknown, or a value has another type than the field; the message names the place.
-        """
-        record: Self = _parse_record(cls, data, cls.__name__)
-        return record
 
 
 @dataclass(frozen=True)
@@ -238,12 +228,51 @@ class Search(Record):
 
 
 @dataclass(frozen=True)
+class TimelinePart(Record):
+    """A stretch of a timeline, from event `start` on: of ``load``, ``first step``, ``later step`` or ``evaluation``.
+
+    Recomputed blocks are part of the ``backward`` phase.
+    """
+
+    during: str
+    phase: str
+    start: int
+
+
+@dataclass(frozen=True)
+class RoleBytes(Record):
+    """The bytes of one role at every point of a timeline."""
+
+    role: str
+    bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Timeline(Record):
+    """What is allocated after each of some events, in their order: of the load, a first step, a later one, an evaluation.
+
+    An event is a request or a release; micro-batches that do as the one before them are left out. `events` has the numbers,
+    out of `total_events`, of the most and the least allocated of equally many events each, and of the most of every phase.
+    `by_role` sums up to `allocated_bytes` everywhere. `peak` is the place in `events` of the most of all, `fails` of the
+    request that cannot be served, None where all are; what follows it is as if there were room.
+    """
+
+    events: tuple[int, ...]
+    total_events: int
+    allocated_bytes: tuple[int, ...]
+    by_role: tuple[RoleBytes, ...]
+    parts: tuple[TimelinePart, ...]
+    peak: int
+    fails: int | None = None
+
+
+@dataclass(frozen=True)
 class StagePlan(Record):
     """One stage of the recipe: what was chosen, with the reason of every derived value, and what it needs.
 
     `ladder` has rungs that fit, the fastest first. They keep what the recipe pins as long as anything fits with it; then
     `unpinned` is the fastest configuration without pins, if it is faster. `nearest` is the choice that needs least where
-    nothing fits. `made` says in words what the stage makes of the model before it trains: experts, quantized weights, adapters.
+    nothing fits. `made` says in words what the stage makes of the model before it trains. `timeline` is that of `choice`.
     """
 
     name: str
@@ -263,6 +292,7 @@ class StagePlan(Record):
     search: Search | None = None
     fit: Fit | None = None
     made: tuple[str, ...] = ()
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True)
@@ -401,59 +431,3 @@ class Recovery(Record):
     to_choice: Choice
     from_split: tuple[tuple[int, ...], ...]
     to_split: tuple[tuple[int, ...], ...]
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _fields(value)
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {f.name: _plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
-
-
-def _parse(kind: Any, data: Any, path: str) -> Any:
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _parse_record(kind, data, path)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (arg for arg in args if arg is not type(None))
-        return None if data is None else _parse(inner, data, path)
-    if origin is tuple and isinstance(data, list | tuple):
-        return tuple(_parse(args[0], item, f"{path}[{index}]") for index, item in enumerate(data))
-    if origin is dict and isinstance(data, dict):
-        return {key: _parse(args[1], item, f"{path}[{key!r}]") for key, item in data.items()}
-    if origin is Literal:
-        if data in args:
-            return data
-        raise ValueError(f"{path}: {data!r} is none of {', '.join(map(repr, args))}")
-    if kind is float and type(data) is int:
-        return float(data)
-    if type(data) is kind:
-        return data
-    raise ValueError(f"{path}: {data!r} is not of type {getattr(origin or kind, '__name__', kind)}")
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _parse_record(kind: Any, data: Any, path: str) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: {kind.__name__} is read from an object, not from {type(data).__name__}")
-    known = dataclasses.fields(kind)
-    unknown = set(data) - {f.name for f in known}
-    if unknown:
-        raise ValueError(f"{path}: {kind.__name__} has no field {', '.join(sorted(map(str, unknown)))}")
-    required = {f.name for f in known if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    missing = required - set(data)
-    if missing:
-        raise ValueError(f"{path}: {kind.__name__} lacks {', '.join(sorted(missing))}")
-    hints = _hints(kind)
-    return kind(**{name: _parse(hints[name], item, f"{path}.{name}") for name, item in data.items()})

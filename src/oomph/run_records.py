@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from oomph.records import SCHEMA, Choice, Record, Recovery
+
+LAST_STEPS = 50
+"""Steps over which the load of experts is summed up; only those count that say it."""
+
+
+@dataclass(frozen=True)
+class ExpertLoad(Record):
+    """How often the experts of one decoder layer were chosen in a step, by text tokens and by image tokens.
+
+    `layer` is its number from 0; `text` and `image` have a number for each expert. A token that sees several experts counts
+    for each of them, so all numbers add up to the step's tokens times top-k. Padding counts for none.
+    """
+
+    layer: int
+    text: tuple[int, ...]
+    image: tuple[int, ...]
+
+    @property
+    def total(self) -> tuple[int, ...]:
+        """Of both kinds of tokens, for each expert."""
+        return tuple(text + image for text, image in zip(self.text, self.image, strict=True))
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,10 @@ class StepRecord(Record):
     predicted less measured. `limit_bytes` are what a micro-batch was allowed to take. `seconds` are by part: waiting for
     ``data``, the ``step`` with all that was redone of it, and what came ``between`` it and the step before, as checkpoints
     and evaluations. `activity` is the share of the time in which the device was busy.
+
+    Of a model with experts, `experts` has the load of each layer, in ascending order; lines of large models have it every few
+    steps, and of the last one. `loss` is the cross-entropy alone. `balance_loss` is what the stage's balance adds, without
+    its coefficient and as a mean over layers, so that 1 is an even load; `z_loss` likewise; None where the stage adds none.
     """
 
     stage: str
@@ -44,7 +70,29 @@ class StepRecord(Record):
     decode_seconds: float
     workers: int
     activity: float | None
+    balance_loss: float | None = None
+    z_loss: float | None = None
+    experts: tuple[ExpertLoad, ...] = ()
     kind: Literal["step"] = "step"
+
+
+def last_loads(steps: Sequence[StepRecord]) -> tuple[tuple[ExpertLoad, ...], float | None]:
+    """The load of each layer, summed over the last steps of a stage that have one, and the mean of their balance loss.
+
+    Args:
+        steps: of one stage, in their order.
+    """
+    known = [step for step in steps if step.experts][-LAST_STEPS:]
+    losses = [step.balance_loss for step in known if step.balance_loss is not None]
+    loads = [
+        ExpertLoad(
+            layers[0].layer,
+            tuple(map(sum, zip(*(load.text for load in layers), strict=True))),
+            tuple(map(sum, zip(*(load.image for load in layers), strict=True))),
+        )
+        for layers in zip(*(step.experts for step in known), strict=True)
+    ]
+    return tuple(loads), sum(losses) / len(losses) if losses else None
 
 
 @dataclass(frozen=True)
@@ -81,7 +129,7 @@ class RunStage(Record):
 
     `trained`, `inexact` and `limit_bytes` are those of its `StageSetup`. Peaks are the largest of all steps, errors predicted
     less measured as shares of the measured peak: the one that is furthest from zero, and the mean. `seconds` are the sums of
-    all steps, by part.
+    all steps, by part. `experts` and `balance_loss` are what `last_loads` gives.
     """
 
     name: str
@@ -104,6 +152,8 @@ class RunStage(Record):
     skipped: tuple[str, ...]
     shrunk: tuple[str, ...]
     seconds: dict[str, float]
+    experts: tuple[ExpertLoad, ...] = ()
+    balance_loss: float | None = None
 
     @property
     def samples_per_second(self) -> float | None:

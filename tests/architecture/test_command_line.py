@@ -36,7 +36,8 @@ COMMANDS = {
     },
     "chat": {"FOLDER", "--image", "--prompt", "--help"},
     "eval": {"FOLDER", "DATA", "--images", "--batch", "--json", "--help"},
-    "report": {"FILE", "--json", "--help"},
+    "explain": {"FILE", "[KEY=VALUE]...", "--recipe", "--script", "--stage", "--gpu", "--gpus", "--json", "--help"},
+    "report": {"FILE", "--html", "--force", "--json", "--help"},
 }
 
 

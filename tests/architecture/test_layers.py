@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 # From the bottom to the top. The words stand in their own order; a folder is one layer.
-WORDS = ["oomph.units", "oomph.errors", "oomph.records", "oomph.run_records", "oomph.recipe"]
+WORDS = ["oomph.units", "oomph.errors", "oomph.record", "oomph.records", "oomph.run_records"]
+WORDS += ["oomph.diagnosis_records", "oomph.recipe"]
 MAY_IMPORT = {
     "oomph.units": [],
     "oomph.errors": WORDS[:1],
-    "oomph.records": WORDS[:2],
-    "oomph.run_records": WORDS[:3],
+    "oomph.record": WORDS[:2],
+    "oomph.records": WORDS[:3],
+    "oomph.run_records": WORDS[:4],
+    "oomph.diagnosis_records": WORDS[:4],
     "oomph.recipe": WORDS,
     "oomph.core": [*WORDS, "oomph.core"],
     "oomph.live": [*WORDS, "oomph.core", "oomph.live"],
@@ -29,7 +32,7 @@ THIRD_PARTY = {
     "oomph.recipe": {"pydantic", "pydantic_core", "yaml"},
     "oomph.core": {"numpy"},
     "oomph.live": {"PIL", "jinja2", "numpy", "safetensors", "torch", "transformers"},
-    "oomph.report": {"matplotlib", "rich"},
+    "oomph.report": {"jinja2", "matplotlib", "rich"},
     "oomph.cli": {"rich", "typer"},
 }
 

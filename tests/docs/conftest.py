@@ -117,7 +117,10 @@ class Reader:
         (self.folder / "recipes").symlink_to(root / "recipes")
 
     def save(self, page: Page) -> list[Path]:
-        """Writes the page's YAML blocks that begin with a file's name; returns the files."""
+        """Writes the page's YAML and text blocks that begin with a file's name; returns the YAML files, which are recipes."""
+        for block in page.blocks("text"):
+            if name := re.match(r"# ([\w-]+\.txt)\n", block.text):
+                (self.folder / name[1]).write_text(block.text[name.end() :], encoding="utf-8")
         saved = []
         for block in page.blocks("yaml"):
             if name := re.match(r"# ([\w-]+\.yaml)\n", block.text):

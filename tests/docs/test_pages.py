@@ -18,7 +18,7 @@ from oomph.recipe import Parts, Recipe, load, stage_of
 from oomph.records import Choice, Footprint, MeasuredRung, MeasuredStage, Measurement, Plan
 
 ERRORS = "docs/errors-and-exit-codes.md"
-APART = {"chat", "eval", "train"}
+APART = {"chat", "eval", "explain", "train"}
 """Verbs that need files which are on no page: tests of their own run what pages show of them."""
 
 

@@ -20,17 +20,20 @@ from oomph.records import (
     Plan,
     Prediction,
     Request,
+    RoleBytes,
     Rung,
     Search,
     Speed,
     StagePlan,
     Suggestion,
+    Timeline,
+    TimelinePart,
 )
 
 PAGE = "docs/plan-json.md"
 RECORDS = (
     *(Plan, StagePlan, Choice, Prediction, PhasePeak, Request, FailingRequest),
-    *(Speed, Rung, Suggestion, Search, Fit, Card, Limit),
+    *(Speed, Rung, Suggestion, Search, Fit, Card, Limit, Timeline, TimelinePart, RoleBytes),
 )
 NAMES = {int: "integer", str: "string", bool: "boolean", float: "number", type(None): "null"}
 

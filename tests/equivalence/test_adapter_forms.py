@@ -77,7 +77,7 @@ SLOW: dict[str, Case] = {
     "upcycled": Case(
         {"model": LLAMA},
         {"rank": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.up_proj", "experts.down_proj"]},
-        {"frozen": (*FROZEN, "experts", "router"), "expert_count": 4, "expert_top_k": 2, "expert_layers": '"all"'},
+        {"frozen": (*FROZEN, "experts", "router"), "experts": '{"count": 4, "top_k": 2, "layers": "all"}'},
         adapters=2 * 3 * LAYERS,
     ),
 }

@@ -33,6 +33,7 @@ from oomph.live.moe import upcycle
 from oomph.live.simulate import Setup, Simulator
 from oomph.live.source import make_form
 from oomph.live.step import full_loss
+from oomph.recipe import Experts
 
 LANGUAGE = ["none", "every-4", "every-3", "every-2", "blocks", "blocks-offload"]
 STRIDES = {"every-4": 4, "every-3": 3, "every-2": 2, "blocks": 1, "blocks-offload": 1}
@@ -62,7 +63,7 @@ def llava() -> PreTrainedModel:
 
 def mixture() -> PreTrainedModel:
     model = llava()
-    upcycle(model, 4, 2, "alternate")
+    upcycle(model, Experts(count=4, top_k=2))
     return model
 
 
@@ -274,6 +275,6 @@ def test_an_upcycled_llava_has_a_form(plain_key: FormKey, tmp_path: Path) -> Non
     folders: dict[str, Any] = {name: str(tmp_path / name) for name in ("vision", "language")}
     parts: dict[str, Any] = {"projector": "mlp2x_gelu", "vision_feature_layer": -2, "vision_feature_select": "patch"}
     parts |= {"trained": ("projector", "experts", "router"), "frozen": ("vision", "language", "head")}
-    experts = {"expert_count": 4, "expert_top_k": 2, "expert_layers": json.dumps(list(range(1, 19, 3))), "images": 2}
+    experts = {"experts": json.dumps({"count": 4, "top_k": 2, "layers": list(range(1, 19, 3))}), "images": 2}
     traced = make_form(replace(plain_key, **folders, **parts, **experts, checkpointing="every-3"))
     assert traced.form is not None, traced.how

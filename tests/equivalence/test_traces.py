@@ -142,29 +142,24 @@ SLOW: dict[str, Case] = {
     "Llama": TEXT,
     "LLaVA Phi": Case(phi),
     "LLaVA Phi, no image": Case(phi, "blocks", family=TEXT_ALONE),
-    "LLaVA Phi, one sample, no image": Case(phi, family=Family(True, 0)),
     "LLaVA Phi, one sample, several images": Case(phi, family=Family(True, 2)),
     "LLaVA Phi, eager attention": Case(phi, attention="eager", loss="full-shifted"),
     "LLaVA Phi, trained tower": Case(phi, frozen=()),
     "LLaVA Phi, trained tower, checkpointing": Case(phi, "blocks", frozen=()),
     "LLaVA Phi, the projector alone": Case(phi, "blocks", frozen=("vision", "language", "head")),
     "LLaVA Phi, the tower alone": Case(phi, frozen=("projector", "language", "head")),
-    "LLaVA Phi, the head alone": Case(phi, frozen=("vision", "projector", "language")),
     "LLaVA Llama, checkpointing, chunked loss": Case(llava_llama, "blocks", loss="chunked"),
-    "LLaVA Llama, eager-fp32 attention": Case(llava_llama, "blocks", "eager-fp32"),
     "LLaVA Llama, H100": Case(llava_llama, capability=(9, 0)),
     "LLaVA Llama, T4": Case(llava_llama, capability=(7, 5)),
     "LLaVA Llama, no rules": Case(llava_llama, capability=None),
     "Llama, foreach": replace(TEXT, optimizer="adamw-foreach"),
     "Llama, loop": replace(TEXT, optimizer="adamw-loop"),
-    "Llama, checkpointing, loop": replace(TEXT, checkpointing="blocks", optimizer="adamw-loop"),
     "Llama, one sample": replace(TEXT, family=Family(True, 0)),
     "Qwen3-MoE": MIXTURE,
     "Qwen3-MoE, eager attention, chunked loss": replace(MIXTURE, attention="eager", loss="chunked"),
     "Qwen3-MoE, the router frozen": replace(MIXTURE, frozen=("router",)),
     "Gemma3": Case(gemma),
     "Gemma3, checkpointing": Case(gemma, "blocks"),
-    "Gemma3, one sample, no image": Case(gemma, family=Family(True, 0)),
 }
 ALL = {**CASES, **SLOW}
 LOOP = "a temporary of AdamW's loop ends where the next parameter's has begun, which may be in another layer"
@@ -195,7 +190,7 @@ SHAPES: dict[Family, list[Shape]] = {
 PAIRS = [
     marked(name, shape, reason=failure(name, shape.tokens % 8 == 0))
     for name, case in ALL.items()
-    for shape in SHAPES[case.family]
+    for shape in SHAPES[case.family][-1 if name in SLOW and case.config is not gemma else 0 :]
 ]
 
 
@@ -355,7 +350,7 @@ def test_a_form_is_made_and_checked(make: Callable[..., Traced]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [1, 2, 4, 5, 6, 7, 12])
+@pytest.mark.parametrize("layers", [1, 2, 5, 12])
 def test_any_number_of_layers_has_a_form(make: Callable[..., Traced], layers: int) -> None:
     found = make({"num_hidden_layers": layers}, {"num_hidden_layers": layers})
     assert found.form is not None, found.how
@@ -364,17 +359,17 @@ def test_any_number_of_layers_has_a_form(make: Callable[..., Traced], layers: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("projector", ["linear", "identity", "mlp1x_gelu", "mlp3x_gelu"])
+@pytest.mark.parametrize("projector", ["identity", "mlp3x_gelu"])
 def test_any_projector_has_a_form(make: Callable[..., Traced], projector: str) -> None:
     trained = ("language", "head") if projector == "identity" else ("projector", "language", "head")
     found = make(projector=projector, trained=trained)
     assert found.form is not None, found.how
     weights = [p for p in found.form.parameters if p.part == "projector" and len(p.shape) == 2]
-    assert len(weights) == {"linear": 1, "identity": 0, "mlp1x_gelu": 1, "mlp3x_gelu": 3}[projector]
+    assert len(weights) == {"identity": 0, "mlp3x_gelu": 3}[projector]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [-1, -2, -5, -7, 1, 3, 7])
+@pytest.mark.parametrize("layer", [-1, -5])
 def test_any_layer_of_the_tower_can_be_the_feature(make: Callable[..., Traced], layer: int) -> None:
     """Where the repetition breaks at that layer, there is no form, and the model is traced with all of its layers."""
     found = make(vision_feature_layer=layer)

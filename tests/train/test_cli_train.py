@@ -104,10 +104,10 @@ def test_mistakes_are_told_before_anything_runs(trainer: Any, capsys: Any, argum
     assert not calls
 
 
-def test_experts_are_not_trained_yet(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capacity_is_planned_and_not_trained(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.run(["train", RECIPE]) == 2
-    assert "error: stage moe makes experts of feed-forward blocks" in capsys.readouterr().err
+    assert cli.run(["train", f"{RECIPE}-as-published"]) == 2
+    assert "error: stages.moe.experts.dispatch capacity is planned and not trained" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

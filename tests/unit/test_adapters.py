@@ -20,7 +20,7 @@ from oomph.live.adapters import add_adapters
 from oomph.live.model import build, compose_llava, part_finder, without_adapters
 from oomph.live.moe import upcycle
 from oomph.live.source import build_model, read_model_config
-from oomph.recipe.schema import Lora
+from oomph.recipe.schema import Experts, Lora
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA = LlamaConfig(vocab_size=96, num_key_value_heads=2, **SIZES)
@@ -90,7 +90,7 @@ def test_experts_in_one_tensor_get_one_adapter_for_all() -> None:
 
 def test_upcycled_experts_get_adapters_too() -> None:
     model = build(LLAMA, torch.bfloat16, "sdpa")
-    upcycle(model, 4, 2, "all")
+    upcycle(model, Experts(count=4, top_k=2, layers="all"))
     add_adapters(model, Lora(rank=4, target_parameters=["experts.up_proj"]))
     part = part_finder(model)
     parts = {part(name) for name, _ in model.named_parameters() if "experts" in name}

@@ -307,7 +307,8 @@ def test_anything_but_a_plan_is_refused(tmp_path: Path, capsys: Any, content: by
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, capsys: Any) -> None:
-    for file, message in ((tmp_path / "none.json", "there is no file "), (tmp_path, f"'{tmp_path}' is a folder")):
+    no_run = f"there is no run.json in the folder '{tmp_path}'"
+    for file, message in ((tmp_path / "none.json", "there is no file "), (tmp_path, no_run)):
         assert cli.run(["report", str(file)]) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
     assert cli.run(["report", str(tmp_path / ("x" * 300))]) == 2

@@ -132,7 +132,8 @@ def test_an_interrupted_run_keeps_the_rungs_that_have_run(tmp_path: Path) -> Non
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate()
-    assert process.returncode == 130, err
+    # Where the interrupt comes in the middle of code that is run from a string, CPython ends with the signal, whatever we say.
+    assert process.returncode in (130, -signal.SIGINT), err
     assert not out
     assert err.endswith("interrupted\n")
     assert "Traceback" not in err

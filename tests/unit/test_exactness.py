@@ -146,3 +146,13 @@ def test_every_value_of_every_knob_can_be_named() -> None:
     for knob in KNOBS:
         for value in get_args(hints[knob]) or (False, True):
             assert change(knob, ASKED, other(**{knob: value})).partition(" becomes ")[2]
+
+
+def test_a_load_that_is_evened_within_micro_batches_is_another_loss_for_another_cut() -> None:
+    recut = other(micro_batch=1, accumulation=ASKED.micro_batch * ASKED.accumulation)
+    assert not is_exact(ASKED, recut, False, True)
+    assert "the experts' load, which is evened or limited within each micro-batch" in exactness(ASKED, recut, True, False, True)
+    assert " and the experts' load" in exactness(ASKED, recut, True, True, True)
+    same = other(attention="sdpa")
+    assert is_exact(ASKED, same, False, True)
+    assert exactness(ASKED, same, True, False, True) == exactness(ASKED, same, True, False)

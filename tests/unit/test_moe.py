@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
+from oomph import recipe
 from oomph.live import moe
-from oomph.live.moe import Experts, MixtureOfExperts, Router, decoder_layers, upcycle
+from oomph.live.experts import Experts, MixtureOfExperts, Router
+from oomph.live.moe import converted_layers, decoder_layers, upcycle
+from oomph.live.residual import ResidualExperts
 
 HIDDEN, INNER, VOCAB, IMAGE = 32, 64, 96, 95
 SMALL = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -59,6 +62,10 @@ def batch(kind: str) -> dict[str, Tensor]:
         return {"input_ids": ids, "labels": ids}
     ids[:, 1:5] = IMAGE
     return {"input_ids": ids, "labels": ids.masked_fill(ids == IMAGE, -100), "pixel_values": seeded((2, 3, 28, 28))}
+
+
+def section(layers: Any, count: int | list[int] = 4, top_k: int = 2, **more: Any) -> recipe.Experts:
+    return recipe.Experts(count=count, top_k=top_k, layers=layers, **more)
 
 
 def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
@@ -137,7 +144,7 @@ def mixture_of(form: str, count: int = 4, top_k: int = 2) -> MixtureOfExperts:
 def test_conversion_keeps_the_output_for_any_router(kind: str, layers: str) -> None:
     model = build(kind)
     before = model(**batch(kind))
-    converted = upcycle(model, 4, 2, layers)
+    converted = upcycle(model, section(layers))
     randomise(model, experts=False)
     after = model(**batch(kind))
     assert converted == ([0, 2] if layers == "alternate" else [0, 1, 2, 3])
@@ -148,10 +155,77 @@ def test_conversion_keeps_the_output_for_any_router(kind: str, layers: str) -> N
     assert not torch.allclose(model(**batch(kind)).logits, before.logits, rtol=1e-2)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Cohere": {"num_key_value_heads": 4},
+    "Gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    "Gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "GPTNeoX": {},
+    "Granite": {"num_key_value_heads": 2},
+    "Llama": {"mlp_bias": True},
+    "Mistral": {"num_key_value_heads": 2},
+    "Olmo2": {"num_key_value_heads": 2},
+    "Phi": {"qk_layernorm": True},
+    "Qwen2": {"num_key_value_heads": 2},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "StableLm": {"num_key_value_heads": 2, "use_parallel_residual": True},
+    "Starcoder2": {"num_key_value_heads": 2, "residual_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_any_family_of_models_computes_what_it_did(family: str, residual: bool) -> None:
+    torch.manual_seed(0)
+    config = getattr(hf, f"{family}Config")(**(SMALL | {"num_hidden_layers": 2} | FAMILIES[family]))
+    model = getattr(hf, f"{family}ForCausalLM")(config).eval()
+    ids = batch("llama")["input_ids"]
+    with torch.no_grad():
+        before = model(ids).logits
+        upcycle(model, section("all", count=[3, 4], residual=residual))
+        after = model(ids).logits
+        randomise(model)
+        other = model(ids).logits
+    assert [mixture.experts.count for mixture in mixtures(model)] == [3, 4]
+    torch.testing.assert_close(after, before, rtol=0, atol=3e-6 * before.abs().max().item())
+    assert not torch.allclose(other, before, rtol=1e-2)
+
+
+def test_a_single_expert_has_the_weight_one() -> None:
+    model = build("phi")
+    before = model(**batch("phi")).logits
+    upcycle(model, section("all", top_k=1))
+    randomise(model, experts=False)
+    torch.testing.assert_close(model(**batch("phi")).logits, before, rtol=1e-5, atol=1e-5)
+
+
+def test_residual_experts_are_those_of_deepspeed() -> None:
+    torch.manual_seed(0)
+    mixture = mixture_of("plain")
+    residual = ResidualExperts(Plain(), mixture)
+    hidden = seeded((2, 5, HIDDEN), 3)
+    shares = residual.coefficient(hidden).softmax(dim=-1)
+    expected = mixture(hidden) * shares[..., 0:1] + residual.dense(hidden) * shares[..., 1:]
+    torch.testing.assert_close(residual(hidden), expected)
+    residual(hidden).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in residual.parameters())
+    torch.testing.assert_close(residual.bfloat16()(hidden.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_the_dense_ffn_stays_itself_beside_its_copies() -> None:
+    model = build("phi")
+    dense = [layer.mlp for layer in decoder_layers(model)]
+    upcycle(model, section("alternate", residual=True, noise=0.5))
+    kept = [layer.mlp.dense for layer in decoder_layers(model) if isinstance(layer.mlp, ResidualExperts)]
+    assert [id(ffn) for ffn in kept] == [id(dense[0]), id(dense[2])]
+    assert not torch.equal(kept[0].fc1.weight, mixtures(model)[0].experts.up_proj[0])
+    assert [layer.path for layer in converted_layers(model)] == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    assert converted_layers(model)[0].mixture_path == "model.layers.0.mlp.mixture"
+
+
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_gradients_reach_router_and_every_expert_in_use(kind: str) -> None:
     model = build(kind)
-    upcycle(model, 4, 2, "alternate")
+    upcycle(model, section("alternate"))
     randomise(model)
     model(**batch(kind)).loss.backward()
     for mixture in mixtures(model):
@@ -278,7 +352,7 @@ def test_copies_share_no_memory_with_the_dense_ffn() -> None:
 
 def test_checkpointing_recomputes_to_the_same_gradients() -> None:
     model = build("llava")
-    upcycle(model, 4, 2, "alternate")
+    upcycle(model, section("alternate"))
     randomise(model)
     grads = []
     for checkpointed in (False, True):
@@ -329,7 +403,7 @@ def test_runs_forward_and_backward_on_fake_tensors(
     monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
     with torch.device("meta"):
         model = BUILDERS[kind]().to(dtype).train()
-    upcycle(model, 4, 2, "alternate")
+    upcycle(model, section("alternate"))
     if checkpointed:
         model.activation_checkpointing_enable()
     mode = FakeTensorMode()
@@ -346,7 +420,7 @@ def test_runs_forward_and_backward_on_fake_tensors(
 def test_converts_inside_a_fake_mode() -> None:
     with FakeTensorMode():
         model = BUILDERS["phi"]()
-        assert upcycle(model, 4, 2, "all") == [0, 1, 2, 3]
+        assert upcycle(model, section("all")) == [0, 1, 2, 3]
     assert all(isinstance(p, FakeTensor) for mixture in mixtures(model) for p in mixture.parameters())
 
 
@@ -372,7 +446,7 @@ def test_counts_of_phi_2_at_full_size() -> None:
     with torch.device("meta"):
         model = hf.LlavaForConditionalGeneration(config).bfloat16()
     dense = count(model)
-    assert upcycle(model, 4, 2, "alternate") == list(range(0, 32, 2))
+    assert upcycle(model, section("alternate")) == list(range(0, 32, 2))
     experts = sum(count(mixture.experts) for mixture in mixtures(model))
     routers = sum(count(mixture.router) for mixture in mixtures(model))
     assert experts == 64 * 52_441_600
@@ -388,7 +462,7 @@ def count(module: nn.Module) -> int:
 
 def test_vision_tower_and_other_layers_stay_dense() -> None:
     model = build("llava")
-    upcycle(model, 4, 2, [1])
+    upcycle(model, section([1]))
     converted = [name for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)]
     assert converted == ["model.language_model.layers.1.mlp"]
     assert decoder_layers(model) is model.model.language_model.layers
@@ -406,7 +480,7 @@ def test_only_one_layer_exists_twice(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(*args)
 
     monkeypatch.setattr(moe, "MixtureOfExperts", Watched)
-    upcycle(model, 4, 2, "all")
+    upcycle(model, section("all"))
     assert alive == [4, 3, 2, 1]
     gc.collect()
     assert not any(ref() for ref in dense)

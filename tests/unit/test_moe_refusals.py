@@ -10,8 +10,11 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
+from oomph import recipe
 from oomph.errors import UserError
-from oomph.live.moe import Experts, MixtureOfExperts, expert_layers, find_ffn, upcycle
+from oomph.live.experts import Experts, MixtureOfExperts
+from oomph.live.ffn import find_ffn
+from oomph.live.moe import expert_layers, upcycle
 
 HIDDEN, INNER, VOCAB = 32, 64, 96
 SMALL = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -26,6 +29,10 @@ def tower() -> hf.CLIPVisionConfig:
 def phi() -> nn.Module:
     with torch.device("meta"):
         return hf.PhiForCausalLM(hf.PhiConfig(**SMALL))
+
+
+def section(layers: Any, count: int | list[int] = 4, top_k: int = 2, **more: Any) -> recipe.Experts:
+    return recipe.Experts(count=count, top_k=top_k, layers=layers, **more)
 
 
 def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
@@ -175,32 +182,28 @@ def test_half_of_one_layer_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "top_k", "problems"),
+    ("count", "layers", "problems"),
     [
-        (1, 2, ["1 experts are too few"]),
-        (4, 1, ["router gets no gradient"]),
-        (4, 5, ["more than the 4 experts"]),
-        (0, 0, ["0 experts are too few", "router gets no gradient"]),
-        (4.0, 2, ["whole numbers"]),
-        (4, True, ["whole numbers"]),
+        (4, [7, 1], ["layer 7 does not exist"]),
+        ([4, 4, 2], "alternate", ["lists 3 numbers of experts, and 2 layers get some: 0, 2"]),
+        ([4], [1, 9], ["layer 9 does not exist"]),
     ],
 )
-def test_upcycle_reports_bad_counts_with_bad_layers(count: Any, top_k: Any, problems: list[str]) -> None:
+def test_upcycle_reports_layers_that_do_not_exist_and_counts_for_others(count: Any, layers: Any, problems: list[str]) -> None:
     model = phi()
     with pytest.raises(UserError) as caught:
-        upcycle(model, count, top_k, [7])
-    assert len(caught.value.problems) == len(problems) + 1
-    for actual, expected in zip(caught.value.problems, [*problems, "layer 7 does not exist"], strict=True):
+        upcycle(model, section(layers, count))
+    for actual, expected in zip(caught.value.problems, problems, strict=True):
         assert expected in actual
     assert not mixtures(model)
 
 
 def test_upcycle_twice_is_refused_and_changes_nothing() -> None:
     model = phi()
-    upcycle(model, 4, 2, [1, 3])
+    upcycle(model, section([1, 3]))
     before = mixtures(model)
     with pytest.raises(UserError, match="decoder layers 1, 3: PhiDecoderLayer already holds experts"):
-        upcycle(model, 4, 2, "all")
+        upcycle(model, section("all"))
     assert mixtures(model) == before
 
 
@@ -224,7 +227,7 @@ def test_models_that_cannot_be_converted(make: Callable[[], nn.Module], problem:
     with torch.device("meta"):
         model = make()
     with pytest.raises(UserError, match=problem) as caught:
-        upcycle(model, 4, 2, "all")
+        upcycle(model, section("all"))
     assert len(caught.value.problems) == 1
     assert not mixtures(model)
 
@@ -232,4 +235,4 @@ def test_models_that_cannot_be_converted(make: Callable[[], nn.Module], problem:
 def test_starcoder2_without_dropout_converts() -> None:
     with torch.device("meta"):
         model = starcoder2(0.0)
-    assert upcycle(model, 4, 2, "first_half") == [0, 1]
+    assert upcycle(model, section("first_half")) == [0, 1]

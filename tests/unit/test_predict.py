@@ -237,6 +237,9 @@ def test_an_evaluation_that_fails_names_its_request(toy: ClosedForm) -> None:
         ("model.language_model.layers.{}.self_attn.q_proj", "model.language_model.layers.*.self_attn"),
         ("model.vision_tower.vision_model.embeddings.patch_embedding", "model.vision_tower.vision_model"),
         ("{}.mlp", "*.mlp"),
+        ("model.layers.{}.mlp.experts.copies.0.fc1", "model.layers.*.mlp.experts"),
+        ("model.layers.{}.mlp.mixture.router", "model.layers.*.mlp.mixture.router"),
+        ("model.layers.{}.mlp.gate", "model.layers.*.mlp.gate"),
     ],
 )
 def test_modules_are_told_by_what_a_table_can_show(template: str, group: str) -> None:

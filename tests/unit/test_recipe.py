@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from oomph.errors import UserError
 from oomph.recipe import KNOBS, PARTS, Recipe, cover, data_of, load, memory_of, override, stage_of
+from oomph.recipe.routing import check_dispatch, couples
 from oomph.recipe.schema import SECTIONS
 from oomph.records import Choice
 
@@ -57,6 +58,16 @@ def problems(call: Any, *args: Any) -> list[str]:
         call(*args)
     assert all(problem and "\n" not in problem for problem in caught.value.problems)
     return caught.value.problems
+
+
+def test_a_stage_after_experts_says_that_it_goes_on_with_them(tmp_path: Path) -> None:
+    rules = "train: {language: 1e-4, head: frozen, experts: 1e-4, router: 1e-4}, effective_batch: 16"
+    experts = "experts: {count: 4, top_k: 2}"
+    made, after = f"  - {{name: make, {rules}, {experts}}}\n", f"  - {{name: more, {rules}}}\n"
+    text = SMALL[: SMALL.index(STAGE)] + made
+    assert len(load(write(tmp_path, text + after.replace("16}", f"16, {experts}}}"))).stages) == 2
+    (problem,) = problems(load, write(tmp_path, text + after))
+    assert "`stages.more`: stage make before it makes experts, so it needs the same section `experts` to go on" in problem
 
 
 @pytest.fixture
@@ -154,6 +165,7 @@ TOKENS = "max_tokens: 512"
 GPUS = "  gpus: 4"
 BATCH = "    effective_batch: 16"
 RATE = "      language: 1e-4"
+HEAD = "      head: frozen"
 STAGE = "  - name: tune"
 MODEL = "model: phi-2"
 
@@ -196,8 +208,45 @@ BAD = [
     (STAGE, "  - name: tune\n    data:", "`stages.tune.data` must be a mapping of keys to values, not empty"),
     (STAGE, "  - name: tune\n    data: {max_tokns: 3}", "did you mean `stages.tune.data.max_tokens`"),
     (STAGE, "  - name: tune\n    memory: {loss: half}", "memory.loss` must be auto, full, full-shifted or chunked"),
-    (STAGE, "  - name: tune\n    experts: {count: 1, top_k: 2}", "`stages.tune.experts.count` must be at least 2"),
+    (STAGE, "  - name: tune\n    experts: {count: 1, top_k: 2}", "`stages.tune.experts.count` must be a whole number from 2"),
+    (STAGE, "  - name: tune\n    experts: {count: [4, 1], top_k: 2}", "one for each layer, not a list with 1"),
+    (STAGE, "  - name: tune\n    experts: {count: [4, x], top_k: 2}", "one for each layer, not a list with 'x'"),
+    (STAGE, "  - name: tune\n    experts: {count: [], top_k: 2}", "one for each layer, not an empty list"),
+    (STAGE, "  - name: tune\n    experts: {count: 4.0, top_k: 2}", "must be a whole number from 2", "not 4.0"),
     (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 5}", "top_k 5 is more than count 4"),
+    (STAGE, "  - name: tune\n    experts: {count: [8, 4], top_k: 5}", "top_k 5 is more than the fewest of count, 4"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 0}", "`stages.tune.experts.top_k` must be at least 1, not 0"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 1, dispatch: capacity}", "DeepSpeed's over top_k 2, not 1"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, capacity_factor: 2.0}", "`capacity_factor` is for dispatch"),
+    (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, noise: -1.0}", "`stages.tune.experts.noise` must be at least 0"),
+    (
+        HEAD,
+        "      head: frozen\n      experts: frozen\n      router: 1e-4\n    experts: {count: 4, top_k: 2}",
+        "`stages.tune`: the stage makes experts and leaves them frozen",
+        "their part is named `experts`, as in `experts: 2e-5`, and that of their routers `router`",
+    ),
+    (
+        HEAD,
+        "      head: frozen\n      experts: 1e-4\n      router: frozen\n    experts: {count: 4, top_k: 2}",
+        "the stage makes routers, whose weights are new, and leaves the part `router` frozen",
+    ),
+    (
+        HEAD,
+        "      head: frozen\n      experts: 1e-4\n      router: 1e-4\n    experts: {count: 4, top_k: 1}",
+        "with top_k 1 the router learns from a balance loss alone, and the stage has none",
+    ),
+    (
+        STAGE,
+        "  - name: tune\n    experts: {count: 4, top_k: 2, dispatch: capacity}\n    balance: {kind: sequence}",
+        "dispatch capacity has DeepSpeed's balance, which is kind micro-batch",
+    ),
+    (STAGE, "  - name: tune\n    balance: {kind: sequence}", "balance is for experts, and the stage has none"),
+    (STAGE, "  - name: tune\n    balance: {kind: sample}", "sequence, group, bias or micro-batch, not 'sample'"),
+    (STAGE, "  - name: tune\n    balance: {coefficient: 0.01}", "`stages.tune.balance.kind` is missing"),
+    (STAGE, "  - name: tune\n    balance: {kind: group}", "`stages.tune.balance`: kind group needs `group`"),
+    (STAGE, "  - name: tune\n    balance: {kind: sequence, group: 4}", "`group` is for kind group, and kind is sequence"),
+    (STAGE, "  - name: tune\n    balance: {kind: sequence, bias_rate: 0.1}", "`bias_rate` is for kind bias"),
+    (STAGE, "  - name: tune\n    balance: {kind: sequence, group: 0}", "`stages.tune.balance.group` must be at least 1, not 0"),
     (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, layers: odd}", "alternate, first_half", "not 'odd'"),
     (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, layers: [1, 1]}", "different layer numbers"),
     (STAGE, "  - name: tune\n    experts: {count: 4, top_k: 2, layers: []}", "different layer numbers"),
@@ -319,7 +368,7 @@ def test_settings_reach_every_kind_of_key() -> None:
             "hardware.gpus=4",
             "stages.finetune.effective_batch=64",
             "stages.align.data.images_per_sample=2",
-            "stages.moe.experts.top_k=3",
+            "stages.moe.experts.count=8",
             "stages.moe.train.language:*.mlp.fc*=1e-5",
             "stages.finetune.memory.loss=chunked",
             "model.vision_feature_select=full",
@@ -331,7 +380,7 @@ def test_settings_reach_every_kind_of_key() -> None:
     assert (align.images_per_sample, align.max_tokens) == (2, 55)
     moe = stage_of(recipe, "moe")
     assert moe.experts is not None
-    assert moe.experts.top_k == 3
+    assert moe.experts.count == 8
     assert moe.train["language:*.mlp.fc*"] == 1e-5
     assert [memory_of(recipe, stage).loss for stage in recipe.stages] == ["full-shifted", "chunked", "full-shifted"]
 
@@ -498,3 +547,15 @@ def test_a_glob_and_its_complement_cover_a_part_exactly(names: list[tuple[str, s
     rates, said = outcome(cover, rules, names)
     assert said or set(rates) == {name for name, _ in names}
     assert all("matches no parameter" in problem for problem in said)
+
+
+def test_a_dispatch_under_a_capacity_is_not_trained() -> None:
+    with pytest.raises(UserError, match=r"stages\.moe\.experts\.dispatch capacity is planned and not trained"):
+        check_dispatch(load(PUBLISHED).stages)
+    check_dispatch(load(OURS).stages)
+
+
+def test_samples_are_coupled_by_what_looks_at_a_micro_batch() -> None:
+    published, ours = (stage_of(load(name), "moe") for name in (PUBLISHED, OURS))
+    assert (couples(published), couples(ours)) == (True, False)
+    assert not couples(stage_of(load(PUBLISHED), "finetune"))

@@ -28,11 +28,14 @@ from oomph.records import (
     Record,
     Recovery,
     Request,
+    RoleBytes,
     Rung,
     Search,
     Speed,
     StagePlan,
     Suggestion,
+    Timeline,
+    TimelinePart,
 )
 
 PEAK = PhasePeak("backward", 3, 4)
@@ -64,6 +67,9 @@ EXAMPLES: dict[type[Any], Any] = {
     Card: Card("T4", STAGE.choice, 1, 2),
     Fit: Fit((Card("T4", STAGE.choice, 1, 2),), (Limit("micro_batch", 8, "samples", ""),)),
     Search: Search(4, 1, 1, 1),
+    TimelinePart: TimelinePart("first step", "forward", 2),
+    RoleBytes: RoleBytes("weight", (1, 2)),
+    Timeline: Timeline((0, 4), 5, (1, 2), (RoleBytes("weight", (1, 2)),), (TimelinePart("load", "load", 0),), 1),
     Plan: Plan("recipe.yaml", "A100-40GB", 8, (STAGE,), {"torch": "2.13.0"}),
     MeasuredRung: MEASURED,
     MeasuredStage: CLIMB,

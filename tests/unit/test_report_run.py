@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,9 @@ def test_the_summary_has_all_that_a_reader_asks_for() -> None:
         assert " ".join(words.split()) in " ".join(shown.split()), shown
     assert max(map(len, shown.splitlines())) <= 80
     assert "\x1b[" in render(SUMMARY, color=True)
+    exact = render(replace(SUMMARY, stages=(replace(STAGE, worst_error=0.0),)))
+    assert "predicted to the byte in every step" in exact
+    assert "predicted less measured" not in exact
     assert "no step ran" in render(replace(SUMMARY, stages=(replace(STAGE, steps=0, seconds={}, first_loss=None),)))
     assert "2 of 4: 64 samples" in render(replace(SUMMARY, stages=(replace(STAGE, steps=2, planned_steps=4),)))
 
@@ -149,9 +153,9 @@ def test_the_figures_of_a_step() -> None:
     assert figures(replace(STEP, loss=None, activity=None, measured_peak_bytes=None)).startswith("no label, lr")
 
 
-def screen(terminal: bool) -> tuple[Screen, io.StringIO]:
+def screen(terminal: bool, width: int = 120) -> tuple[Screen, io.StringIO]:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, color_system=None, width=120, highlight=False, _environ={})
+    console = Console(file=out, force_terminal=terminal, color_system=None, width=width, highlight=False, _environ={})
     return Screen(console), out
 
 
@@ -195,6 +199,17 @@ def test_in_a_terminal_there_is_a_bar_with_the_last_figures() -> None:
     assert "━" in text
     assert "loss 1.2500, lr 1.00e-04" in text
     assert "step 12: memory ran out" in text
+
+
+def test_in_a_terminal_all_is_wrapped_between_words() -> None:
+    shown, out = screen(terminal=True, width=80)
+    told(shown)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", out.getvalue().replace("\r", "\n")).splitlines()
+    assert max(map(len, lines)) <= 80
+    found = [line.strip() for line in lines]
+    assert "memory 2.00 GiB / predicted 3.00 GiB / allowed 4.00 GiB, data wait 5 %," in found
+    assert "busy 97 %" in found
+    assert "layers.3: CPU out of memory." in " ".join(" ".join(found).split())
 
 
 def drawn(path: Path) -> Any:

@@ -65,9 +65,9 @@ class Shop:
         self.tower.save_pretrained(folder / "tower")
         self.language = self.save_language("language")
 
-    def save_language(self, name: str, tokens: int = 300, **changes: Any) -> Any:
+    def save_language(self, name: str, tokens: int = 300, kind: type[Any] = LlamaConfig, **changes: Any) -> Any:
         """Saves a language model with its tokenizer, and returns it."""
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**(TEXT | changes))).eval()
+        model = AutoModelForCausalLM.from_config(kind(**(TEXT | changes))).eval()
         model.save_pretrained(self.folder / name)
         make_tokenizer(tokens).save_pretrained(self.folder / name)
         return model
@@ -93,7 +93,8 @@ class Shop:
             "language": str(self.folder / changes.pop("language", "language")),
         }
         stage = {"name": "tune", "train": dict(train), "effective_batch": 2}
-        stage |= {name: changes.pop(name) for name in ("lora", "quantization", "weight_decay") if name in changes}
+        sections = ("balance", "experts", "lora", "quantization", "weight_decay")
+        stage |= {name: changes.pop(name) for name in sections if name in changes}
         recipe = Recipe.model_validate(
             {
                 "name": "small",
@@ -119,6 +120,8 @@ class Shop:
         return replace(
             self._plain,
             **named,
+            experts="" if stage.experts is None else stage.experts.model_dump_json(),
+            balance="" if stage.balance is None else stage.balance.model_dump_json(),
             lora="" if stage.lora is None else stage.lora.model_dump_json(),
             quantization="" if stage.quantization is None else stage.quantization.model_dump_json(),
             trained=tuple(text for text, rate in stage.train.items() if rate != "frozen"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from oomph.errors import UserError
 from oomph.live.export import save_model
-from oomph.live.weights import build_stage_model, parameter_groups, trained_parts
+from oomph.live.weights import parameter_groups, trained_parts
 
 ALL = {"vision": 1e-5, "projector": 1e-3, "language": 2e-5, "head": 2e-5}
 FROZEN = {"vision": "frozen", "language": "frozen", "head": "frozen"}
@@ -189,12 +188,6 @@ def test_a_folder_of_another_model_is_refused(shop: Any, tmp_path: Path, encoder
     shop.save_language("narrow", hidden_size=32)
     with pytest.raises(UserError, match=r"the weight lm_head\.weight is \[320, 32\], and the model's is \[320, 48\]"):
         shop.build(recipe, shop.folder / "narrow")
-
-
-def test_experts_are_planned_and_not_trained_yet(shop: Any) -> None:
-    recipe = shop.recipe(ALIGN)
-    with pytest.raises(UserError, match="planned, and not trained yet"):
-        build_stage_model(replace(shop.key(recipe), expert_count=2, expert_top_k=2, expert_layers='"all"'), recipe)
 
 
 def test_groups_hold_what_trains_once_and_with_its_rate(shop: Any) -> None:

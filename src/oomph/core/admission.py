@@ -29,6 +29,20 @@ class Cost(Protocol):
         ...
 
 
+class Together(NamedTuple):
+    """Samples of a step that have to be in one micro-batch, as one that costs what they do.
+
+    Attributes:
+        tokens: of the longest.
+        images: of all of them.
+        samples: how many there are.
+    """
+
+    tokens: int
+    images: int
+    samples: int
+
+
 class Split(NamedTuple):
     """A step cut into micro-batches.
 
@@ -99,16 +113,20 @@ class Admission:
     def split(self, costs: Sequence[Cost]) -> Split:
         """The fastest split that is predicted to fit. A step without samples has no micro-batches.
 
+        Args:
+            costs: of the samples of the step; a `Together` stands for several, and its position for all of theirs.
+
         Raises:
             TooLargeError: a sample does not fit by itself.
         """
         row = sorted(range(len(costs)), key=lambda at: (-costs[at].tokens, -costs[at].images, at))
-        images = [0]
+        images, samples_to = [0], [0]
         for at in row:
             images.append(images[-1] + costs[at].images)
+            samples_to.append(samples_to[-1] + _samples(costs[at]))
 
         def shape(start: int, end: int) -> Shape:
-            samples = end - start
+            samples = samples_to[end] - samples_to[start]
             return Shape(samples, max(costs[row[start]].tokens, -(-self._least_rows // samples)), images[end] - images[start])
 
         def peak(start: int, end: int) -> int:
@@ -170,6 +188,10 @@ class Admission:
         """Takes over what was learnt, as far as there is room for it."""
         self._ceiling = min(self._ceiling, state["ceiling"])
         self._limit, self._clean = min(self._ceiling, state["limit"]), state["clean"]
+
+
+def _samples(cost: Cost) -> int:
+    return cost.samples if isinstance(cost, Together) else 1
 
 
 def _one_of(shape: Shape) -> Shape:

@@ -8,7 +8,7 @@ of CUDA graphs, blocks used on a second stream (``record_stream``) and ``garbage
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
 from operator import itemgetter
@@ -344,6 +344,7 @@ def replay(
     streams: Mapping[int, int] | None = None,
     stop_on_failure: bool = True,
     points: int = 0,
+    watch: Callable[[int, Trail], object] = lambda index, trail: None,
 ) -> Replay:
     """Runs all segments.
 
@@ -358,6 +359,7 @@ def replay(
         stop_on_failure: whether the first failure ends the replay. Otherwise it lifts the capacity, and the replay goes
             on from there.
         points: the most points that the series may have; 0 for none.
+        watch: called after every repetition, with the number of its segment and its trail.
 
     Raises:
         KeyError: a storage is freed that is not alive.
@@ -379,6 +381,7 @@ def replay(
                     allocator.capacity_bytes = None
                     allocator.run(segment.timeline[position:], storages, trail)
             record.add(index, segment, trail, placed, state.blocks)
+            watch(index, trail)
             if record.failure and stop_on_failure:
                 return record.finish(allocator)
             if (phase, placed, state) == (record.phase, storages.placed, allocator.state()):

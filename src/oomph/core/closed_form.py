@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from oomph.core.dimensions import (
     FEATURES,
     LOSS_CHUNKS,
     Dimension,
+    Load,
     NotClosed,
     feature_table,
     features,
@@ -42,6 +43,7 @@ __all__ = [
     "Dimension",
     "Family",
     "Formula",
+    "Load",
     "NotClosed",
     "constant_form",
     "features",
@@ -105,7 +107,7 @@ class ClosedForm:
     """The whole model's step: formulas, storages as columns that refer to them, and the timeline.
 
     `formula`, `kind`, `layer` and `parameter` have one entry for each storage; -1 stands for none. `work` is what the step
-    computes and moves.
+    computes and moves, `load` that of experts with a capacity.
     """
 
     formulas: list[Formula] = field(default_factory=list)
@@ -120,6 +122,7 @@ class ClosedForm:
     parameters: list[Parameter] = field(default_factory=list)
     unclassified: list[str] = field(default_factory=list)
     work: Work = field(default_factory=Work)
+    load: Load | None = None
 
     @functools.cached_property
     def pads_masks(self) -> bool:
@@ -150,9 +153,13 @@ class ClosedForm:
         gradients = {n for n, kind in enumerate(self.kinds) if kind.role == "gradient" and kind.dtype == "float32"}
         return len({p for p, kind in zip(self.parameter, self.kind, strict=True) if kind in gradients and p >= 0})
 
+    def features(self, shape: Sequence[int]) -> list[int]:
+        """What dimensions are proportional to, in the order of `FEATURES`, at (samples, tokens, images)."""
+        return list(features(shape, self.trained, self.wide, self.load).values())
+
     def dimensions(self, shape: Sequence[int]) -> npt.NDArray[np.int64]:
         """Every formula's dimensions at (samples, tokens, images), padded with ones: [formulas, 6]."""
-        numbers = list(features(shape, self.trained, self.wide).values())
+        numbers = self.features(shape)
         if max(numbers) > _MOST_BYTES:
             raise _too_large(shape)
         values = np.array(numbers, dtype=np.int64)
@@ -237,6 +244,7 @@ class ClosedForm:
             "marks": [(int(at), str(phase)) for at, phase in data["marks"]],
             "parameters": [Parameter(p[0], tuple(p[1]), *p[2:]) for p in data["parameters"]],
             "work": Work.from_json(data["work"]),
+            "load": None if data["load"] is None else Load(*data["load"]),
         }
         return cls(**{**data, **made})
 
@@ -246,12 +254,15 @@ def _too_large(shape: Sequence[int]) -> UserError:
     return UserError(f"a micro-batch of {samples} samples, {tokens} tokens and {images} images needs more than 4 EiB")
 
 
-def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int], Trace] | None) -> ClosedForm:
+def fit(
+    traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int], Trace] | None, load: Load | None = None
+) -> ClosedForm:
     """The closed form of traces at several shapes, checked on one more.
 
     Args:
         traces: pairs of (samples, tokens, images) and the trace at that shape, all with the same layers.
         check: a pair that takes no part in making the formulas; its trace may have more layers.
+        load: of experts with a capacity, if the model has such.
 
     Raises:
         NotClosed: the traces differ in more than sizes, a size fits no formula, or the check does not come out equal.
@@ -261,7 +272,7 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
     for _, other in traces[1:]:
         if other.skeleton() != first.skeleton():
             raise NotClosed("the operators depend on the shape")
-    table = feature_table([(shape, _trained(trace), _trained(trace, wide=True)) for shape, trace in traces])
+    table = feature_table([(shape, _trained(trace), _trained(trace, wide=True)) for shape, trace in traces], load)
     rows = zip(*(trace.storages for _, trace in traces), strict=True)
     found: dict[Any, Formula] = {}
     formulas = []
@@ -270,22 +281,26 @@ def fit(traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int
         if key not in found:
             found[key] = _formula(row, table)
         formulas.append(found[key])
-    form = _assemble(first, unroll(first), formulas)
+    form = replace(_assemble(first, unroll(first), formulas), load=load)
     if check is not None:
-        _check(first, formulas, check)
-    form.work = _fit_work(traces, check, form.trained)
+        _check(first, formulas, check, load)
+    form.work = _fit_work(traces, check, form.trained, load)
     return form
 
 
 def _fit_work(
-    traces: Sequence[tuple[Sequence[int], Trace]], check: tuple[Sequence[int], Trace] | None, trained: int
+    traces: Sequence[tuple[Sequence[int], Trace]],
+    check: tuple[Sequence[int], Trace] | None,
+    trained: int,
+    load: Load | None,
 ) -> Work:
     first = traces[0][1]
     made = [Sample(shape, _trained(trace), trace.operations) for shape, trace in traces]
     if check is None:
-        return fit_work(made, first.stacks, trained, None)
+        return fit_work(made, first.stacks, trained, None, load)
     shape, trace = check
-    return fit_work(made, first.stacks, trained, (Sample(shape, _trained(trace), trace.operations), _as_deep(first, trace)))
+    deep = Sample(shape, _trained(trace), trace.operations), _as_deep(first, trace)
+    return fit_work(made, first.stacks, trained, deep, load)
 
 
 def _trained(trace: Trace, wide: bool = False) -> int:
@@ -293,11 +308,11 @@ def _trained(trace: Trace, wide: bool = False) -> int:
     return len({s.parameter for s in gradients if not wide or s.kind.dtype == "float32"})
 
 
-def _check(first: Trace, formulas: list[Formula], check: tuple[Sequence[int], Trace]) -> None:
+def _check(first: Trace, formulas: list[Formula], check: tuple[Sequence[int], Trace], load: Load | None) -> None:
     """The formulas, unrolled to the layers of the checked trace, must give that trace."""
     shape, trace = check
     shallow = Trace(**{**vars(first), "stacks": _as_deep(first, trace)})
-    form = _assemble(shallow, unroll(shallow), formulas)
+    form = replace(_assemble(shallow, unroll(shallow), formulas), load=load)
     if form.timeline != trace.timeline:
         raise NotClosed("the operators depend on the shape or on the number of layers")
     sizes = form.sizes(shape)

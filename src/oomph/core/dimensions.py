@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 LOSS_CHUNKS = 16
 
 
@@ -20,18 +22,35 @@ class Dimension(NamedTuple):
     offset: int
 
 
+class Load(NamedTuple):
+    """Experts of a layer that take so many tokens each: `share` times an even load of one choice for each token."""
+
+    experts: int
+    share: float
+
+
+def capacity(tokens: int, load: Load) -> int:
+    """Tokens that an expert may take.
+
+    In float32, as DeepSpeed computes it (v0.9.5, moe/sharded_moe.py, ``_capacity``), where `share` is twice the factor
+    for two choices.
+    """
+    return int(np.ceil(np.float32(tokens / load.experts) * np.float32(load.share)))
+
+
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
 
 
-def features(shape: Sequence[int], trained: int, wide: int = 0) -> dict[str, int]:
+def features(shape: Sequence[int], trained: int, wide: int = 0, load: Load | None = None) -> dict[str, int]:
     """What a dimension can be proportional to.
 
     Args:
         shape: (samples, tokens, images).
         trained: how many parameters get a gradient, tensors and not elements.
         wide: how many of these gradients are float32.
+        load: of experts with a capacity, none where there are no such experts.
     """
     samples, tokens, images = shape
     rows = samples * tokens
@@ -48,6 +67,7 @@ def features(shape: Sequence[int], trained: int, wide: int = 0) -> dict[str, int
         **{f"samples*ceil{n}(tokens)": samples * round_up(tokens, n) for n in (8, 16, 32, 64, 128)},
         "tokens²": tokens * tokens,
         "samples*tokens²": rows * tokens,
+        "capacity": capacity(rows, load) if load else 0,
         "chunk": chunk,
         "last chunk": rows - (LOSS_CHUNKS - 1) * chunk,
         "trained": trained,
@@ -60,9 +80,9 @@ FEATURES = tuple(features((2, 3, 4), 5))
 _TRAINED = FEATURES.index("trained")
 
 
-def feature_table(shapes: Sequence[tuple[Sequence[int], int, int]]) -> list[list[int]]:
+def feature_table(shapes: Sequence[tuple[Sequence[int], int, int]], load: Load | None = None) -> list[list[int]]:
     """The features of several (shape, trained, wide), see `features`: one row for each feature, one column for each shape."""
-    values = [features(*row).values() for row in shapes]
+    values = [features(*row, load).values() for row in shapes]
     return [list(column) for column in zip(*values, strict=True)]
 
 

@@ -49,19 +49,21 @@ def change(knob: str, asked: Choice, choice: Choice) -> str:
     return f"{_word(before)} becomes {_word(after)}{': ' if why else ''}{why or ''}"
 
 
-def is_exact(asked: Choice, choice: Choice, drops: bool) -> bool:
+def is_exact(asked: Choice, choice: Choice, drops: bool, couples: bool = False) -> bool:
     """Whether both choices give the same gradient and the same update, in exact arithmetic.
 
     Args:
         asked: the choice to compare with.
         choice: another with the same effective batch.
         drops: whether the model has dropout. Micro-batches of other samples draw other masks.
+        couples: whether the loss of a sample depends on those beside it in its micro-batch.
     """
     same = all(getattr(asked, name) == getattr(choice, name) for name in _MATHEMATICS)
-    return same and same_states(asked.optimizer, choice.optimizer) and not (drops and asked.micro_batch != choice.micro_batch)
+    recut = (drops or couples) and asked.micro_batch != choice.micro_batch
+    return same and same_states(asked.optimizer, choice.optimizer) and not recut
 
 
-def exactness(asked: Choice, choice: Choice, routes: bool, drops: bool) -> str:
+def exactness(asked: Choice, choice: Choice, routes: bool, drops: bool, couples: bool = False) -> str:
     """What is exact about a choice beside the one that was asked for, in words.
 
     Args:
@@ -69,15 +71,17 @@ def exactness(asked: Choice, choice: Choice, routes: bool, drops: bool) -> str:
         choice: another with the same effective batch.
         routes: whether the model sends tokens to experts.
         drops: whether it has dropout.
+        couples: whether the loss of a sample depends on those beside it in its micro-batch.
     """
     if not is_exact(asked, choice, False):
         return "another mathematics: precision, the weights that the optimizer updates or the bits of its states differ"
     if asked == choice:
         return "the configuration itself"
-    exact = is_exact(asked, choice, drops)
+    exact = is_exact(asked, choice, drops, couples)
     text = "the same gradient and update in exact arithmetic"
     if not exact:
-        text = "the same but for dropout, which draws other masks for other micro-batches"
+        causes = [_DROPS] * drops + [_COUPLES] * couples
+        text = f"the same but for {' and '.join(causes)}"
     reasons = [words for knobs, words in _ROUNDING.items() if any(_rounds(k, asked, choice) for k in knobs)]
     if not reasons:
         return "the same operations on the same numbers" if exact else text
@@ -86,6 +90,8 @@ def exactness(asked: Choice, choice: Choice, routes: bool, drops: bool) -> str:
     return f"{text}; a token whose best experts are nearly equal may take another one" if routes else text
 
 
+_DROPS = "dropout, which draws other masks for other micro-batches"
+_COUPLES = "the experts' load, which is evened or limited within each micro-batch"
 _ROUNDING = {
     ("micro_batch", "loss"): "sums run in another order",
     ("sharding",): "sums over GPUs run in another order",

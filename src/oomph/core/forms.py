@@ -24,9 +24,9 @@ class FormKey(Record):
     """Everything that a trace depends on. Paths name folders that hold a ``config.json``.
 
     `shape` is (samples, tokens, images) for a model whose sizes are not closed, else None; `one_sample` and `images` are the
-    family of shapes, as `closed_form.Family` has them. `lora` and `quantization` are the stage's sections as JSON, empty
-    where it has none. `periodic` says of a key with a shape that the model's layers are
-    known to repeat, so that not all have to be traced.
+    family of shapes, as `closed_form.Family` has them. `experts`, `balance`, `lora` and `quantization` are the stage's
+    sections as JSON, empty where it has none. `periodic` says of a key with a shape that the model's layers are known to
+    repeat, so that not all have to be traced.
     """
 
     model: str | None
@@ -35,9 +35,8 @@ class FormKey(Record):
     projector: str | None
     vision_feature_layer: int
     vision_feature_select: str
-    expert_count: int
-    expert_top_k: int
-    expert_layers: str
+    experts: str
+    balance: str
     lora: str
     quantization: str
     trained: tuple[str, ...]

@@ -252,8 +252,8 @@ class _Climb:
             choice=choice,
             prediction=self._model.predict(choice),
             changes={knob: change(knob, self._asked, choice) for knob in self._changed(choice)},
-            exact=is_exact(self._asked, choice, self._model.drops),
-            exactness=exactness(self._asked, choice, self._model.routes, self._model.drops),
+            exact=is_exact(self._asked, choice, self._model.drops, self._model.couples),
+            exactness=exactness(self._asked, choice, self._model.routes, self._model.drops, self._model.couples),
         )
 
     def _changed(self, choice: Choice) -> list[str]:

@@ -13,8 +13,10 @@ from oomph.core.ladder import climb
 from oomph.core.space import KNOBS
 from oomph.core.stage import StageModel
 from oomph.core.suggest import suggestions
+from oomph.core.timeline import live_timeline
 from oomph.errors import UserError
-from oomph.recipe import Recipe, Stage, stage_of
+from oomph.recipe import Experts, Recipe, Stage, stage_of
+from oomph.recipe.schema import Balance
 from oomph.records import Choice, Plan, Prediction, StagePlan
 
 
@@ -133,17 +135,43 @@ def stage_plan(
         traced=laid.traced.how,
         speed=None if prediction else model.speed(choice),
         made=tuple(_made(model.stage)),
+        timeline=live_timeline(laid.events, prediction.usable_bytes) if prediction else model.timeline(choice),
     )
 
 
 def _made(stage: Stage) -> Iterator[str]:
     """What a stage makes of the model, in words, in the order in which it does."""
     if stage.experts:
-        layers = stage.experts.layers if isinstance(stage.experts.layers, str) else f"{len(stage.experts.layers)} listed"
-        yield f"{stage.experts.count} experts in {layers} layers, {stage.experts.top_k} for each token"
+        yield _upcycled(stage.experts)
+    if stage.balance:
+        yield _balanced(stage.balance)
     if stage.quantization:
         scales = ", its scales in 8 bits" if stage.quantization.double_quantization else ""
         yield f"frozen linear layers in {stage.quantization.kind}{scales}"
     if stage.lora:
         named = [stage.lora.target_modules] if isinstance(stage.lora.target_modules, str) else stage.lora.target_modules
         yield f"LoRA of rank {stage.lora.rank} on {', '.join([*named, *stage.lora.target_parameters])}"
+
+
+def _upcycled(experts: Experts) -> str:
+    layers = experts.layers if isinstance(experts.layers, str) else f"{len(experts.layers)} listed"
+    counts = [experts.count] if isinstance(experts.count, int) else sorted(set(experts.count))
+    count = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    words = [f"{count} experts in {layers} layers, {experts.top_k} for each token"]
+    words += ["beside the dense block"] if experts.residual else []
+    words += [f"with noise of {experts.noise:g} standard deviations"] if experts.noise else []
+    if experts.dispatch == "capacity":
+        words.append(f"through dense tensors that hold {experts.capacity_factor:g} times an even load, and drop the rest")
+    return ", ".join(words)
+
+
+def _balanced(balance: Balance) -> str:
+    where = {
+        "sequence": "within each sample",
+        "group": f"within groups of {balance.group} samples",
+        "micro-batch": "within each micro-batch",
+        "bias": f"by biases that move by {balance.bias_rate:g} a step",
+    }
+    loss = "" if balance.kind == "bias" else f", coefficient {balance.coefficient:g}"
+    z_loss = f", z-loss {balance.z_loss:g}" if balance.z_loss else ""
+    return f"their load evened {where[balance.kind]}{loss}{z_loss}"

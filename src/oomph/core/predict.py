@@ -90,17 +90,19 @@ def _replay(events: Events, choice: Choice, capacity_bytes: int | None) -> Repla
 def owner(kind: Kind) -> str:
     """Whose a storage is: its module's path shortened to what a table can show, or the sharding's or a library's name.
 
-    ``model.language_model.layers.*.self_attn`` for example.
+    ``model.language_model.layers.*.self_attn`` for example. Experts and routers are apart from the block that holds them.
     """
     if not kind.module:
         return _LIBRARIES.get(kind.op.partition(".")[0], "outside the model's modules")
     before, layers, after = kind.module.partition("{}")
     if layers:
-        child = after.split(".")[1] if after.count(".") else ""
-        return f"{before}*{'.' if child else ''}{child}"
+        steps = after.split(".")[1:]
+        shown = next((depth for depth, step in enumerate(steps, 1) if step in _ROUTED), 1)
+        return ".".join([f"{before}*", *steps[:shown]])
     return ".".join(kind.module.split(".")[:3])
 
 
+_ROUTED = {"experts", "router", "gate"}
 _LIBRARIES = {"zero": "DeepSpeed's ZeRO", "ddp": "DistributedDataParallel", "fsdp2": "fully_shard"}
 
 

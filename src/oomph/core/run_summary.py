@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from oomph.run_records import EvaluationRecord, RunStage, StageSetup, StepRecord
+from oomph.run_records import EvaluationRecord, RunStage, StageSetup, StepRecord, last_loads
 
 
 def sum_up(name: str, setup: StageSetup, lines: Sequence[StepRecord | EvaluationRecord]) -> RunStage:
@@ -19,6 +19,7 @@ def sum_up(name: str, setup: StageSetup, lines: Sequence[StepRecord | Evaluation
     everything = [line for line in lines if line.stage == name and isinstance(line, StepRecord)]
     steps = [line for line in everything if line.step]
     losses = [line.loss for line in steps if line.loss is not None]
+    loads, balance_loss = last_loads(steps)
     seconds: Counter[str] = Counter()
     for line in steps:
         seconds.update(line.seconds)
@@ -48,4 +49,6 @@ def sum_up(name: str, setup: StageSetup, lines: Sequence[StepRecord | Evaluation
         skipped=tuple(sample for line in steps for sample in line.skipped),
         shrunk=tuple(sample for line in steps for sample in line.shrunk),
         seconds=dict(seconds),
+        experts=loads,
+        balance_loss=balance_loss,
     )

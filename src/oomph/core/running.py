@@ -16,6 +16,7 @@ from oomph.core.plan import searched, stage_plan
 from oomph.core.stage import StageModel
 from oomph.errors import UserError
 from oomph.recipe import Memory, Recipe, Stage, memory_of, stage_of
+from oomph.recipe.routing import check_dispatch
 from oomph.records import Choice, Plan, StagePlan
 
 _CPU_CAPABILITY: Final = (8, 0)
@@ -116,8 +117,9 @@ def prepare_ground(recipe: Recipe, machine: Machine, limit_bytes: int | None) ->
     """Decides what of a recipe is otherwise where it runs.
 
     Raises:
-        UserError: the CPU cannot run some of its stages, or the recipe's card is not known.
+        UserError: the CPU cannot run some of its stages, some are planned only, or the recipe's card is not known.
     """
+    check_dispatch(recipe.stages)
     card, gpu = card_at_hand(recipe, machine)
     notes, cpu = [], machine.device == "cpu"
     if cpu:

@@ -20,8 +20,10 @@ from oomph.core.events import Events
 from oomph.core.forms import FormKey, Source, Traced
 from oomph.core.layout import Shape, evaluation_shape, lay_out
 from oomph.core.predict import Lack
-from oomph.recipe import Data, Parts, Recipe, Stage, data_of, memory_of
-from oomph.records import Choice, Prediction, Speed
+from oomph.core.timeline import timeline
+from oomph.recipe import Data, Parts, Recipe, Stage, data_of, memory_of, routing
+from oomph.recipe.schema import Section
+from oomph.records import Choice, Prediction, Speed, Timeline
 
 LOOPS_OVER_IMAGES = frozenset({"qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "paddleocr_vl", "kimi_k25"})
 """Models whose vision towers attend within one image after the other, so that their operators depend on the number."""
@@ -50,6 +52,7 @@ class StageModel:
         images: of a sample, as the model sees them.
         loops: whether the model's code loops over images.
         routes: whether the model sends tokens to experts.
+        couples: whether the experts' load is evened or limited within each micro-batch.
         first: the choice that planning looks at first: the recipe's own settings, the largest cut where that is open.
     """
 
@@ -66,6 +69,7 @@ class StageModel:
         self._speeds: dict[Choice, Speed] = {}
         self._costs: dict[Any, Any] = {}
         self.routes = stage.experts is not None or "experts" in stage.train
+        self.couples = routing.couples(stage)
         self.first = self._start()
 
     def on(
@@ -163,6 +167,11 @@ class StageModel:
             self._predictions[choice] = predict.predict(laid.events, choice, self.gpu, laid.form.unclassified, result)
         return self._predictions[choice]
 
+    def timeline(self, choice: Choice) -> Timeline:
+        """What the choice has allocated over the steps, by role."""
+        laid, result = self._served(choice)
+        return timeline(laid.events, choice, result.failure)
+
     def fits(self, choice: Choice) -> bool:
         """Whether the choice fits."""
         return self.lack(choice) is None
@@ -246,17 +255,16 @@ class StageModel:
 
     def _key(self, choice: Choice, family: Family, shape: Shape | None = None, periodic: bool = False) -> FormKey:
         parts = self.recipe.model if isinstance(self.recipe.model, Parts) else None
-        experts, rules, size = self.stage.experts, self.stage.train, self.data.image_size
+        rules, size = self.stage.train, self.data.image_size
         return FormKey(
             **self._folders,
             projector=parts.projector if parts else None,
             vision_feature_layer=parts.vision_feature_layer if parts else 0,
             vision_feature_select=parts.vision_feature_select if parts else "",
-            expert_count=experts.count if experts else 0,
-            expert_top_k=experts.top_k if experts else 0,
-            expert_layers=json.dumps(experts.layers) if experts else "",
-            lora="" if self.stage.lora is None else self.stage.lora.model_dump_json(),
-            quantization="" if self.stage.quantization is None else self.stage.quantization.model_dump_json(),
+            experts=_json(self.stage.experts),
+            balance=_json(self.stage.balance),
+            lora=_json(self.stage.lora),
+            quantization=_json(self.stage.quantization),
             trained=tuple(pattern for pattern, rate in rules.items() if rate != "frozen"),
             frozen=tuple(pattern for pattern, rate in rules.items() if rate == "frozen"),
             attention=choice.attention,
@@ -274,12 +282,17 @@ class StageModel:
         )
 
 
+def _json(section: Section | None) -> str:
+    return "" if section is None else section.model_dump_json()
+
+
 def _model_kind(recipe: Recipe, folders: dict[str, str | None]) -> tuple[str, bool]:
     """The model's type as transformers names it, and whether it sees images."""
     if isinstance(recipe.model, Parts):
         return "llava", True
     content = json.loads((Path(str(folders["model"])) / "config.json").read_text(encoding="utf-8"))
-    return str(content["model_type"]), "vision_config" in content
+    kind = content.get("dense_model_type") or content["model_type"]  # of our own folders with experts, what they were made of
+    return str(kind), "vision_config" in content
 
 
 def _folders(recipe: Recipe) -> dict[str, str | None]:

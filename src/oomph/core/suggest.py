@@ -139,7 +139,7 @@ def _smaller_images(model: StageModel, choice: Choice, prediction: Prediction) -
 def _fewer_experts(model: StageModel, choice: Choice, prediction: Prediction) -> Suggestion | None:
     """Half of the experts that the stage makes, as many as a token sees at the least."""
     experts = model.stage.experts
-    if experts is None or (count := max(experts.count // 2, experts.top_k)) == experts.count:
+    if experts is None or isinstance(experts.count, list) or (count := max(experts.count // 2, experts.top_k)) == experts.count:
         return None
     form = model.lay_out(choice).form
     halved = {

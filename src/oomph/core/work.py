@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from oomph.core.dimensions import Dimension, NotClosed, feature_table, features, fit_dimension, nearest_dimension
+from oomph.core.dimensions import Dimension, Load, NotClosed, feature_table, features, fit_dimension, nearest_dimension
 from oomph.core.trace import Operation, Stack
 from oomph.core.unroll import repeats
 
@@ -63,16 +63,18 @@ class Work:
         rows: the operators.
         trained: how many parameters get a gradient.
         note: why the figures are approximate, in words; empty where they are exact.
+        load: of experts with a capacity.
     """
 
     products: list[Product] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     trained: int = 0
     note: str = ""
+    load: Load | None = None
 
     def evaluate(self, shape: Sequence[int]) -> tuple[Array, Array]:
         """Floating-point operations and bytes of each row, of one operator, at (samples, tokens, images)."""
-        values = np.array(list(features(shape, self.trained).values()), dtype=np.float64)
+        values = np.array(list(features(shape, self.trained, load=self.load).values()), dtype=np.float64)
         index, factor, offset = self._columns
         sizes = (values[index] * factor + offset).prod(axis=1)
         return _sums(self._flops, sizes, len(self.rows)), _sums(self._traffic, sizes, len(self.rows))
@@ -99,7 +101,8 @@ class Work:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"products": self.products, "rows": self.rows, "trained": self.trained, "note": self.note}
+        columns = {"products": self.products, "rows": self.rows, "trained": self.trained, "note": self.note}
+        return {**columns, "load": self.load}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Work:
@@ -110,7 +113,8 @@ class Work:
         """
         products = [tuple(Dimension(*d) for d in product) for product in data["products"]]
         rows = [Row(*row)._replace(flops=tuple(row[6]), traffic=tuple(row[7])) for row in data["rows"]]
-        return cls(products, rows, data["trained"], data["note"])
+        load = None if data["load"] is None else Load(*data["load"])
+        return cls(products, rows, data["trained"], data["note"], load)
 
 
 def _pairs(columns: Iterable[tuple[int, ...]]) -> npt.NDArray[np.int64]:
@@ -124,7 +128,13 @@ def _sums(terms: npt.NDArray[np.int64], sizes: Array, rows: int) -> Array:
     return result
 
 
-def fit_work(samples: Sequence[Sample], stacks: list[Stack], trained: int, check: tuple[Sample, list[Stack]] | None) -> Work:
+def fit_work(
+    samples: Sequence[Sample],
+    stacks: list[Stack],
+    trained: int,
+    check: tuple[Sample, list[Stack]] | None,
+    load: Load | None = None,
+) -> Work:
     """The work of traces at several shapes as formulas, at the model's full depth.
 
     Args:
@@ -133,6 +143,7 @@ def fit_work(samples: Sequence[Sample], stacks: list[Stack], trained: int, check
         trained: how many parameters get a gradient at the model's full depth.
         check: a sample that takes no part, and the stacks that bring the others to its depth; the formulas are compared
             with it.
+        load: of experts with a capacity, if the model has such.
 
     Returns:
         The work. Its note says what does not agree: operators that are not in every sample, which are left out;
@@ -142,16 +153,16 @@ def fit_work(samples: Sequence[Sample], stacks: list[Stack], trained: int, check
     paired, unpaired = _pair([sample.operations for sample in samples])
     if unpaired:
         notes.append(f"operators left out, since they depend on the shape: {unpaired}")
-    table = feature_table([(sample.shape, sample.trained, 0) for sample in samples])
+    table = feature_table([(sample.shape, sample.trained, 0) for sample in samples], load)
     fitter = _Fitter(table)
     formulas = [fitter.polynomials(row) for row in paired]
     if fitter.unfit:
         notes.append(f"operators with the nearest formula, since none fits: {fitter.unfit}")
     first = [row[0] for row in paired]
-    work = _assemble(first, formulas, stacks, trained)
+    work = replace(_assemble(first, formulas, stacks, trained), load=load)
     if check is not None:
         sample, deep = check
-        notes += _compare(_assemble(first, formulas, deep, sample.trained), sample)
+        notes += _compare(replace(_assemble(first, formulas, deep, sample.trained), load=load), sample)
     work.note = "; ".join(notes)
     return work
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from oomph.core.layout import Shape
 from oomph.errors import UserError
 from oomph.live.fake import known
+from oomph.live.model import WITHOUT_CLASS_TOKEN
 from oomph.live.modeling_oomph_llava import POOL
 
 Batch = dict[str, Any]
@@ -68,7 +69,8 @@ def _fixed(config: PretrainedConfig, vision: PretrainedConfig) -> Images:
     elif config.model_type == "internvl":
         tokens = int(patches * config.downsample_ratio**2)
     else:
-        tokens = patches + (config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model")
+        classed = vision.model_type not in WITHOUT_CLASS_TOKEN
+        tokens = patches + classed - (config.vision_feature_select_strategy == "default")
 
     def inputs(images: int, dtype: torch.dtype) -> Batch:
         return {"pixel_values": torch.empty((images, 3, side, side), dtype=dtype)}

@@ -16,132 +16,59 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oomph.core.admission import Cost, Split, TooLargeError
+from oomph.core.admission import Cost, Split, Together, TooLargeError
 from oomph.core.rungs import live_rungs, recomputed
 from oomph.errors import RunError
+from oomph.live.balance import GROUPS, LENGTHS, Routed, Shares, routers_of
 from oomph.live.budget import Memory
 from oomph.live.checkpointing import apply_checkpointing
 from oomph.live.precision import arithmetic_of
+from oomph.live.ranks.parallel import Alone, Failures, Parallel, together
+from oomph.live.ranks.spreading import joined, spread
 from oomph.live.recover import DeviceLostError, Failure, Place, Snapshot, attempt, kind_of, materialise
-from oomph.live.step import LOSSES, Batch, accumulate, clip, update
+from oomph.live.step import IGNORED, LOSSES, Batch, accumulate, update
+from oomph.live.step_parts import Admits, Sample, StepResult, TooLarge
 from oomph.records import Choice, Recovery
 from oomph.units import size
-
-TooLarge = Literal["fail", "skip", "shrink"]
-"""What is done with a sample that does not fit by itself on any rung."""
 
 _LAST_IS_GOOD = "the last checkpoint is good: resume from it"
 
 
-class SampleCost(Cost, Protocol):
-    """What the step has to know of a sample."""
-
-    @property
-    def label_tokens(self) -> int:
-        """Tokens that the loss is computed on."""
-        ...
-
-
-class Sample(Protocol):
-    """A sample that is ready to be collated."""
-
-    @property
-    def name(self) -> str:
-        """Where it comes from, for messages."""
-        ...
-
-    @property
-    def cost(self) -> SampleCost:
-        """What it costs."""
-        ...
-
-
 S = TypeVar("S", bound=Sample)
 T = TypeVar("T")
-
-
-class Admits(Protocol):
-    """Cuts steps into micro-batches that fit; `core.admission.Admission` does."""
-
-    @property
-    def limit_bytes(self) -> int:
-        """What a micro-batch may take now."""
-        ...
-
-    def split(self, costs: Sequence[Cost]) -> Split:
-        """A split that is predicted to fit.
-
-        Raises:
-            TooLargeError: a sample does not fit by itself.
-        """
-        ...
-
-    def failed(self, split: Split, micro_batch: int) -> None:
-        """Memory ran out in a micro-batch: nothing with its predicted peak is admitted from now on."""
-        ...
-
-    def committed(self) -> None:
-        """A step ran clean."""
-        ...
-
-    def shrink(self) -> None:
-        """The next steps take less."""
-        ...
-
-    def state(self) -> dict[str, int]:
-        """What was learnt."""
-        ...
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Takes over what was learnt."""
-        ...
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step did.
-
-    Attributes:
-        loss: mean over the step's label tokens; None where there were none, and nothing was updated.
-        grad_norm: before it was clipped; None also where gradients are not clipped.
-        num_tokens: label tokens.
-        choice: the rung that the step ran on.
-        split: in positions of the step's samples; None where nothing ran.
-        predicted_peak_bytes: of the split.
-        measured_peak_bytes: of the step as it was committed, its update included; None where nobody counts.
-        recoveries: what went wrong before, in order.
-        skipped: names of samples that were left out, since they do not fit.
-        shrunk: names of samples that were made smaller.
-        seconds: of all of it.
-    """
-
-    loss: float | None
-    grad_norm: float | None
-    num_tokens: int
-    choice: Choice
-    split: Split | None
-    predicted_peak_bytes: int | None
-    measured_peak_bytes: int | None
-    recoveries: tuple[Recovery, ...]
-    skipped: tuple[str, ...]
-    shrunk: tuple[str, ...]
-    seconds: float
+ALONE = Alone()
 
 
 class _Plan(NamedTuple):
-    """A way to run the step: the rung, its admission, the split, and the split in positions of the step's samples."""
+    """A way to run the step: the rung, its admission, and the split of each rank in positions of the step's samples."""
 
     rung: int
     choice: Choice
     admission: Admits
-    split: Split
-    micro_batches: tuple[tuple[int, ...], ...]
+    splits: tuple[Split, ...]
+
+    @property
+    def split(self) -> Split:
+        """The micro-batches of all ranks."""
+        return joined(self.splits)
+
+    def number(self, rank: int, micro_batch: int) -> int:
+        """A rank's micro-batch among those of all ranks; the largest of them where it had none of that number."""
+        if micro_batch < len(self.splits[rank].micro_batches):
+            return sum(len(split.micro_batches) for split in self.splits[:rank]) + micro_batch
+        return self.largest
+
+    @property
+    def largest(self) -> int:
+        """The micro-batch with the highest predicted peak."""
+        peaks = self.split.peak_bytes
+        return peaks.index(max(peaks))
 
 
 class _Gradients(NamedTuple):
@@ -186,6 +113,8 @@ class Engine(Generic[S]):
         admit: makes what cuts the steps of a choice.
         collate: makes the micro-batch of some samples, with ``labels``, padded to at least so many tokens; always the same.
         memory: counts what is taken; none on a CPU where nobody asks for it.
+        parallel: how the ranks share the model, as `ranks.apply.share` gives it. With several, each is given all samples of a
+            step and collates its own: what collating needs of a sample can be made when it is asked for.
         rungs: choices to change to for a step with a sample that does not fit by itself, the fastest first, as a ladder has
             them. Only those count that differ from `choice` in what is recomputed.
         max_grad_norm: the largest norm of the gradient; none to leave it as it is.
@@ -209,6 +138,7 @@ class Engine(Generic[S]):
         admit: Callable[[Choice], Admits],
         collate: Callable[[Sequence[S], int], Batch],
         memory: Memory | None = None,
+        parallel: Parallel = ALONE,
         *,
         rungs: Sequence[Choice] = (),
         max_grad_norm: float | None = 1.0,
@@ -216,6 +146,7 @@ class Engine(Generic[S]):
         smaller: Callable[[S], S | None] = lambda sample: None,
     ) -> None:
         self._model, self._optimizer, self._admit, self._collate, self._memory = model, optimizer, admit, collate, memory
+        self._parallel = parallel
         self._max_grad_norm, self._too_large, self._smaller = max_grad_norm, too_large, smaller
         self._device = next(model.parameters()).device
         self._arithmetic = arithmetic_of(choice.precision)
@@ -224,9 +155,10 @@ class Engine(Generic[S]):
         self._rungs = live_rungs(choice, rungs)
         self._admissions: dict[int, Admits] = {}
         self._place, self._snapshot = Place(), Snapshot(model, self._device, self.scaler)
+        self._routers = routers_of(model)
         self._applied: tuple[str, str] | None = None
         self._change_to(choice)
-        self._make_states()
+        together(parallel, self._make_states)
 
     def step(self, number: int, samples: Sequence[S]) -> StepResult:
         """Trains on some samples once.
@@ -280,7 +212,7 @@ class Engine(Generic[S]):
         except BaseException:
             self._snapshot.restore()
             raise
-        return self._result(work, plan, gradients, begun)
+        return self._result(work, plan, gradients, commits, begun)
 
     def _gradients(self, work: _Work[S]) -> tuple[_Plan | None, _Gradients | None]:
         """Tries until the gradients of all samples are there; nothing and None where there is nothing to learn from."""
@@ -293,31 +225,49 @@ class Engine(Generic[S]):
             if plan is None:
                 return None, None
             outcome = self._try(work, plan)
-            if not isinstance(outcome, Failure):
+            if not isinstance(outcome, Failures):
                 return plan, outcome
-            failed = _Failed(plan, outcome, plan.admission.limit_bytes, self._peak())
-            plan.admission.failed(plan.split, outcome.micro_batch)
+            failed = self._noted(plan, outcome)
             self._snapshot.restore()
+
+    def _noted(self, plan: _Plan, failures: Failures) -> _Failed:
+        """Admits less from now on, as every rank does. What is told of is the failure of the first rank that had one."""
+        limit, ranks, split = plan.admission.limit_bytes, self._parallel.ranks, plan.split
+        numbers = {rank: plan.number(rank, failure.micro_batch) for rank, failure in failures.by_rank.items()}
+        for number in numbers.values():
+            plan.admission.failed(split, number)
+        rank, failure = min(failures.by_rank.items())
+        message = failure.message if ranks.size == 1 else f"rank {rank}: {failure.message}"
+        told = replace(failure, message=message, micro_batch=numbers[rank])
+        return _Failed(plan, told, limit, self._peak() if rank == ranks.rank else None)
 
     def _plan(self, work: _Work[S]) -> _Plan | None:
         """The first rung that admits the step; None where the step has no label tokens."""
         while work.num_tokens:
-            positions = list(work.samples)
-            costs = [sample.cost for sample in work.samples.values()]
+            units = self._units(work)
+            costs = [_cost([work.samples[position] for position in unit]) for unit in units]
             for rung, choice in enumerate(self._rungs):
                 admission = self._admission(rung)
                 try:
-                    split = admission.split(costs)
+                    splits = spread(admission.split, costs, self._parallel.ranks.size)
                 except TooLargeError as error:
-                    at, needed, limit = positions[error.position], error.peak_bytes, error.limit_bytes
+                    unit, needed, limit = units[error.position], error.peak_bytes, error.limit_bytes
                 else:
-                    micro_batches = tuple(tuple(positions[p] for p in piece) for piece in split.micro_batches)
-                    return _Plan(rung, choice, admission, split, micro_batches)
-            self._make_room(work, at, needed, limit)
+                    return _Plan(rung, choice, admission, tuple(_at(split, units) for split in splits))
+            self._make_room(work, unit, needed, limit)
         return None
 
-    def _make_room(self, work: _Work[S], position: int, needed: int, limit: int) -> None:
-        """Does what the policy says with a sample that does not fit by itself."""
+    def _units(self, work: _Work[S]) -> list[tuple[int, ...]]:
+        """The positions of the samples that have to be in one micro-batch: of each alone, or of each group to be balanced."""
+        units: dict[int, tuple[int, ...]] = {}
+        for position in work.samples:
+            group = position // self._routers.group
+            units[group] = (*units.get(group, ()), position)
+        return list(units.values())
+
+    def _make_room(self, work: _Work[S], unit: Sequence[int], needed: int, limit: int) -> None:
+        """Does what the policy says with a sample that does not fit by itself; of several, with the longest."""
+        position = max(unit, key=lambda at: (work.samples[at].cost.tokens, work.samples[at].cost.images))
         sample = work.samples[position]
         smaller = self._smaller(sample) if self._too_large == "shrink" else None
         if smaller is not None:
@@ -329,43 +279,85 @@ class Engine(Generic[S]):
             del work.samples[position]
         else:
             cost = sample.cost
+            if len(unit) > 1:
+                raise RunError(
+                    f"the {len(unit)} samples of the group of {sample.name} do not fit together: they take {size(needed)}, and "
+                    f"there are {size(limit)}; the loss that balances a group has to see all of it at once",
+                    "make balance.group smaller, or balance each sample (balance.kind=sequence)",
+                )
             raise RunError(
                 f"{sample.name} does not fit by itself: its {cost.tokens:,} tokens and {cost.images} images take "
                 f"{size(needed)}, and there are {size(limit)}",
                 "lower data.max_tokens, give it more memory, or let the run skip what does not fit (run.too_large=skip)",
             )
 
-    def _try(self, work: _Work[S], plan: _Plan) -> _Gradients | Failure:
+    def _try(self, work: _Work[S], plan: _Plan) -> _Gradients | Failures:
         """Forward and backward of all micro-batches, and the clipping of the gradient."""
         self._change_to(plan.choice)
+        if not self._parallel.knows(recomputed(plan.choice)):
+            self._show(work, plan)
         if self._memory is not None:
             self._memory.reset_peak()
         retries = self._retries()
-        pieces = [[work.samples[position] for position in piece] for piece in plan.micro_batches]
-        tokens = [shape.tokens for shape in plan.split.shapes]
-        run = functools.partial(
-            accumulate,
+        loss = self._accumulate(work, plan)
+        if isinstance(loss, Failures):
+            return loss
+        peaks = plan.splits[self._parallel.ranks.rank].peak_bytes
+        self._place("clip", peaks.index(max(peaks)) if peaks else 0)
+        made = self._together(functools.partial(self._parallel.ready, self._optimizer, self._max_grad_norm))
+        if isinstance(made, Failures):
+            return made
+        norm = self._together(functools.partial(self._parallel.clip, self._optimizer, self._max_grad_norm, self.scaler))
+        return norm if isinstance(norm, Failures) else _Gradients(loss, norm, retries)
+
+    def _accumulate(self, work: _Work[S], plan: _Plan) -> Tensor | Failures:
+        """This rank's micro-batches. Where ranks wait for each other, one that has no more goes on with empty ones."""
+        own, total = plan.splits[self._parallel.ranks.rank], None
+        tokens = sum(sample.cost.tokens for sample in work.samples.values())
+        shares = Shares(len(work.samples), len(self._units(work)), len(plan.split.micro_batches), tokens)
+        self._routers.begin(self._model, shares)
+        for number in range(max(len(split.micro_batches) for split in plan.splits)):
+            run = functools.partial(self._micro_batch, plan, work, number, number < len(own.micro_batches))
+            loss = self._together(run)
+            if isinstance(loss, Failures):
+                return loss
+            if loss is not None:
+                total = loss if total is None else total.add_(loss)
+        return torch.zeros((), device=self._device) if total is None else total
+
+    def _micro_batch(self, plan: _Plan, work: _Work[S], number: int, own: bool, learns: bool = False) -> Tensor | None:
+        """Forward and backward of one of the rank's micro-batches; of an empty one, where others have one more."""
+        if not own and not self._parallel.in_step:
+            return None
+        collate = self._piece if own else self._empty
+        self._parallel.begin(recomputed(plan.choice), learns)
+        loss = accumulate(
             self._model,
-            [functools.partial(self._batch, *micro_batch) for micro_batch in zip(pieces, tokens, strict=True)],
-            LOSSES[plan.choice.loss],
+            [functools.partial(collate, plan, work, number)],
+            self._parallel.loss(LOSSES[plan.choice.loss]),
             work.num_tokens,
-            self._place,
+            lambda phase, _: self._place(phase, number),
             self._around_forward,
             self.scaler,
         )
-        loss = agreed(attempt(run, self._model, self._place, self._device))
-        if isinstance(loss, Failure):
-            return loss
-        self._place("clip", plan.split.peak_bytes.index(max(plan.split.peak_bytes)))
-        norm = agreed(attempt(self._clip, self._model, self._place, self._device))
-        return norm if isinstance(norm, Failure) else _Gradients(loss, norm, retries)
+        self._parallel.end()
+        return loss
 
-    def _clip(self) -> float | None:
-        """Waits for the gradients, so that what goes wrong with them does so before the update."""
-        norm = clip(self._optimizer, self._max_grad_norm, self.scaler)
-        return None if norm is None else float(norm)
+    def _show(self, work: _Work[S], plan: _Plan) -> None:
+        """Lets the ranks learn what they wait for in a micro-batch, from an empty one. Nothing else stays of it."""
+        failures = self._together(functools.partial(self._micro_batch, plan, work, 0, False, True))
+        if isinstance(failures, Failures):
+            raise RunError("memory ran out in an empty micro-batch", "give it more memory, or divide the model over more GPUs")
+        self._parallel.reset()
+        self._snapshot.restore()
+
+    def _together(self, run: Callable[[], T]) -> T | Failures:
+        return together(self._parallel, functools.partial(attempt, run, self._model, self._place, self._device))
 
     def _update(self, number: int) -> None:
+        together(self._parallel, functools.partial(self._commit, number))
+
+    def _commit(self, number: int) -> None:
         try:
             update(self._optimizer, self.scaler)
         except Exception as error:
@@ -376,30 +368,40 @@ class Engine(Generic[S]):
                 f"memory ran out in the update of step {number}, of which a part may be done: {message}", _LAST_IS_GOOD
             ) from None
 
-    def _result(self, work: _Work[S], plan: _Plan | None, gradients: _Gradients | None, begun: float) -> StepResult:
+    def _result(
+        self, work: _Work[S], plan: _Plan | None, gradients: _Gradients | None, commits: bool, begun: float
+    ) -> StepResult:
         peak = self._peak() if plan is not None else None
+        routed = self._routed() if gradients is not None and commits else Routed()
         if plan is not None and gradients is not None:
             self._learn(work, plan, gradients)
         return StepResult(
-            loss=None if gradients is None else float(gradients.loss),
+            loss=None if gradients is None else self._parallel.ranks.sums([float(gradients.loss)])[0],
             grad_norm=None if gradients is None else gradients.norm,
             num_tokens=work.num_tokens,
             choice=self._rungs[0] if plan is None else plan.choice,
-            split=None if plan is None else plan.split._replace(micro_batches=plan.micro_batches),
+            split=None if plan is None else plan.split,
             predicted_peak_bytes=None if plan is None else max(plan.split.peak_bytes),
             measured_peak_bytes=peak,
             recoveries=tuple(work.recoveries),
             skipped=tuple(work.skipped),
             shrunk=tuple(work.shrunk),
             seconds=time.perf_counter() - begun,
+            routed=routed,
         )
+
+    def _routed(self) -> Routed:
+        """What the routers of all ranks did in the step that was just committed; biases that balance experts move by it."""
+        if not self._routers:
+            return Routed()
+        return self._routers.conclude(self._model, self._parallel.ranks.sums(self._routers.totals(self._model)))
 
     def _learn(self, work: _Work[S], plan: _Plan, gradients: _Gradients) -> None:
         """Lets the next steps take less where the allocator had to give memory back, and more after many clean ones."""
-        more = self._retries() - gradients.retries
+        (more,) = self._parallel.ranks.most([self._retries() - gradients.retries])
         if more:
             message = f"the allocator gave back what it kept for later {more} times"
-            failure = Failure("allocator", message, "step", "", plan.split.peak_bytes.index(max(plan.split.peak_bytes)))
+            failure = Failure("allocator", message, "step", "", plan.largest)
             failed = _Failed(plan, failure, plan.admission.limit_bytes, self._peak())
             plan.admission.shrink()
             work.recoveries.append(replace(self._recovery(work.number, failed, plan), kind="retries"))
@@ -421,13 +423,33 @@ class Engine(Generic[S]):
             measured_bytes=failed.measured_bytes,
             from_choice=before.choice,
             to_choice=before.choice if plan is None else plan.choice,
-            from_split=before.micro_batches,
-            to_split=() if plan is None else plan.micro_batches,
+            from_split=before.split.micro_batches,
+            to_split=() if plan is None else plan.split.micro_batches,
         )
 
-    def _batch(self, samples: Sequence[S], tokens: int) -> Batch:
-        """The micro-batch on the device."""
-        batch = self._collate(samples, tokens)
+    def _piece(self, plan: _Plan, work: _Work[S], number: int) -> Batch:
+        """One of the rank's micro-batches."""
+        own = plan.splits[self._parallel.ranks.rank]
+        positions = own.micro_batches[number]
+        samples = [work.samples[position] for position in positions]
+        told: Batch = {}
+        if self._routers:
+            told[LENGTHS] = torch.tensor([sample.cost.tokens for sample in samples])
+        if self._routers.group > 1:
+            groups = [position // self._routers.group for position in positions]
+            told[GROUPS] = torch.tensor([sorted(set(groups)).index(group) for group in groups])
+        return self._batch(samples, own.shapes[number].tokens, told)
+
+    def _empty(self, plan: _Plan, work: _Work[S], number: int) -> Batch:
+        """A micro-batch of no weight: the smallest sample of the step, without labels."""
+        smallest = min(work.samples.values(), key=lambda sample: (sample.cost.tokens, sample.cost.images))
+        told: Batch = {LENGTHS: torch.zeros(1, dtype=torch.int64)} if self._routers else {}
+        batch = self._batch([smallest], min(shape.tokens for shape in plan.split.shapes), told)
+        return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+
+    def _batch(self, samples: Sequence[S], tokens: int, told: Batch) -> Batch:
+        """The micro-batch on the device, with what routers are told of it."""
+        batch = {**self._collate(samples, tokens), **told}
         return {name: v.to(self._device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in batch.items()}
 
     def _change_to(self, choice: Choice) -> None:
@@ -458,6 +480,15 @@ class Engine(Generic[S]):
         return 0 if self._memory is None else self._memory.retries
 
 
-def agreed(outcome: T | Failure) -> T | Failure:
-    """What all processes agree on before any of them goes on: a failure, if one of them failed. A single one does."""
-    return outcome
+def _at(split: Split, units: Sequence[tuple[int, ...]]) -> Split:
+    """A split of what has to be together, in positions of the step's samples."""
+    pieces = (sorted(position for unit in piece for position in units[unit]) for piece in split.micro_batches)
+    return split._replace(micro_batches=tuple(map(tuple, pieces)))
+
+
+def _cost(samples: Sequence[Sample]) -> Cost:
+    """What samples cost that have to be in one micro-batch."""
+    costs = [sample.cost for sample in samples]
+    if len(costs) == 1:
+        return costs[0]
+    return Together(max(cost.tokens for cost in costs), sum(cost.images for cost in costs), len(costs))

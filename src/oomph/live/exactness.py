@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
+from oomph.live.balance import routers_of
 from oomph.live.tensors import dtype_name
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -20,8 +21,8 @@ def exactness_of(model: PreTrainedModel) -> list[str]:
     """A sentence for everything in a model, as it stands, that makes another cut another gradient; none if it is exact.
 
     Found by what modules are called and hold: dropout (`nn.Dropout`, and numbers of modules with ``drop`` in their names),
-    statistics over a batch, the balance loss of transformers' routers, limits to how many tokens an expert takes. That sums
-    run in another order is true of every model and not among them, but for gradients of 16 bits, which are rounded each time.
+    statistics over a batch, balance losses of micro-batches, limits to how many tokens an expert takes. That sums run in
+    another order is true of every model and not among them, but for gradients of 16 bits, which are rounded each time.
 
     Args:
         model: in training mode, with what trains requiring gradients.
@@ -53,6 +54,12 @@ def _said(paths: list[str], what: str, why: str) -> Iterator[str]:
 
 
 def _balance(model: PreTrainedModel) -> Iterator[str]:
+    balance = routers_of(model).balance
+    if balance is not None and balance.kind == "micro-batch" and balance.coefficient:
+        yield (
+            f"the experts' balance (balance.kind micro-batch, coefficient {balance.coefficient:g}): it evens the load of each "
+            "micro-batch, so that another cut trains another loss; kinds sequence, group and bias do not"
+        )
     config: Any = model.config.get_text_config()
     coefficient = getattr(config, "router_aux_loss_coef", 0)
     if getattr(config, "output_router_logits", False) and coefficient:

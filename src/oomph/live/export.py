@@ -4,6 +4,9 @@ The folder holds the configuration, safetensors, how to generate text, the token
 with, and for models with eyes a processor that makes of pictures what training made of them. Adapters are merged into the
 weights, and lie beside as PEFT saves them. What training knew beyond that is in `SETTINGS`, for `oomph chat` and `oomph eval`.
 
+A model with experts is saved as the architecture of transformers that it is, where `moe_architectures` knows one. Else, as
+with projectors below, the class comes with the folder.
+
 LLaVA's class computes ``linear`` and ``identity`` projectors too, exactly: its activation is then ``linear``, and layers that
 are not needed are identities. Any other projector needs a class of its own. Such a folder has another model type and holds
 the class's code, so that transformers refuses it where running code from the folder is not allowed.
@@ -17,21 +20,24 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlavaProcessor, PreTrainedModel
+from transformers import GenerationConfig, LlavaProcessor, PretrainedConfig, PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from oomph.core.catalogue import find_model
-from oomph.live import modeling_oomph_llava
+from oomph.live import modeling_oomph_llava, modeling_oomph_moe
 from oomph.live.adapter_folder import merged, save_adapters
 from oomph.live.data.encoding import Encoded, Encoder
 from oomph.live.data.samples import Sample, Turn
 from oomph.live.data.vision import Vision
-from oomph.live.model import LLAVA_PROJECTOR, without_adapters
+from oomph.live.model import LLAVA_PROJECTOR, build, without_adapters
 from oomph.live.modeling_oomph_llava import OomphLlavaConfig, OomphLlavaForConditionalGeneration
+from oomph.live.modeling_oomph_moe import OomphMoe, OomphMoeConfig
+from oomph.live.moe import Converted, converted_layers
+from oomph.live.moe_architectures import described, matching_config, to_matching
 from oomph.live.reading import quiet
 from oomph.live.step import IGNORED
 from oomph.live.weights import PLAIN_PROJECTORS, held_dtype
@@ -41,7 +47,7 @@ SETTINGS = "oomph.json"
 """What the model was trained with: limits of the data, and how pictures were brought to a shape."""
 SHARD = "5GB"
 _SCHEMA = 1
-_CODE = "modeling_oomph_llava"
+_CODE, _EXPERTS_CODE = "modeling_oomph_llava", "modeling_oomph_moe"
 _PROJECTOR = "model.multi_modal_projector."
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _VALUES = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
@@ -65,28 +71,59 @@ def save_model(model: PreTrainedModel, folder: Path, recipe: Recipe, encoder: En
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kind = getattr(model.config, "projector", LLAVA_PROJECTOR)
-    tensors = _in_llavas_form(_tensors(model), model, kind)
-    config = _config(model, tensors, kind)
-    own = model.config
+    form = _form_of(model)
+    tensors = _in_llavas_form(_tensors(model), model, form.projector)
+    config = _config(model, tensors, form)
     with quiet():
+        if form.matching:
+            shell = build(config, held_dtype(model), "sdpa")
+            shell.config = copy.deepcopy(config)
+            to_matching(tensors, form.layers)
+        else:
+            shell = model
+        own = model.config
         try:
-            model.config = copy.deepcopy(config)
-            model.save_pretrained(
-                folder, state_dict=tensors, max_shard_size=SHARD, save_original_format=kind in PLAIN_PROJECTORS
-            )
+            model.config = model.config if form.matching else copy.deepcopy(config)
+            shell.save_pretrained(folder, state_dict=tensors, max_shard_size=SHARD, save_original_format=not form.code)
         finally:
             model.config = own
-        config.architectures = [type(model).__name__]
+        config.architectures = [type(shell).__name__]
         config.save_pretrained(folder)
-        if kind not in PLAIN_PROJECTORS:
-            _add_code(folder, kind)
+        if form.code:
+            _add_code(folder, form)
         _save_generation(model, encoder, folder)
         _save_processor(recipe, encoder, folder)
     settings = {"schema": _SCHEMA, "data": encoder.data.model_dump(mode="json", include=set(_KEPT))}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     adapters = save_adapters(model, folder / "adapter", base)
-    _write_readme(folder, kind, encoder, adapters)
+    _write_readme(folder, form, encoder, adapters)
+
+
+class _Form(NamedTuple):
+    """How a model is saved.
+
+    Attributes:
+        projector: its kind.
+        layers: those with experts that `upcycle` made.
+        matching: the configuration of the architecture that has such experts; None where there is none.
+    """
+
+    projector: str
+    layers: list[Converted]
+    matching: PretrainedConfig | None
+
+    @property
+    def code(self) -> str:
+        """The module that comes with the folder; empty where transformers has the class."""
+        if self.layers and not self.matching:
+            return _EXPERTS_CODE
+        return "" if self.projector in PLAIN_PROJECTORS else _CODE
+
+
+def _form_of(model: PreTrainedModel) -> _Form:
+    kind, layers = getattr(model.config, "projector", LLAVA_PROJECTOR), converted_layers(model)
+    matching = matching_config(model.config, layers) if layers and kind in PLAIN_PROJECTORS else None
+    return _Form(kind, layers, matching)
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -129,9 +166,9 @@ def _in_llavas_form(tensors: dict[str, Tensor], model: PreTrainedModel, kind: st
     return tensors
 
 
-def _config(model: PreTrainedModel, tensors: dict[str, Tensor], kind: str) -> Any:
+def _config(model: PreTrainedModel, tensors: dict[str, Tensor], form: _Form) -> Any:
     """The configuration of what is saved: as it was before training, where training changed it for itself alone."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(form.matching or model.config)
     trained = {without_adapters(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     wide = any(tensor.dtype == torch.float32 for name, tensor in tensors.items() if name in trained)
     config.dtype = torch.float32 if wide else held_dtype(model)
@@ -142,29 +179,44 @@ def _config(model: PreTrainedModel, tensors: dict[str, Tensor], kind: str) -> An
             part.use_cache = True
             if untied and getattr(part, "tie_word_embeddings", False):
                 part.tie_word_embeddings = False
-    if kind != LLAVA_PROJECTOR:
+    if form.projector != LLAVA_PROJECTOR:
         del config.projector
-        if kind in PLAIN_PROJECTORS:
+        if form.projector in PLAIN_PROJECTORS:
             config.projector_hidden_act = "linear"
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "upcycled"):
+            del part.upcycled
     return config
 
 
-def _add_code(folder: Path, kind: str) -> None:
+def _add_code(folder: Path, form: _Form) -> None:
     """Gives a folder the code of a class that transformers lacks, and the configuration that asks for it."""
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    model = OomphLlavaForConditionalGeneration.__name__
-    content |= {
-        "model_type": OomphLlavaConfig.model_type,
-        "projector": kind,
-        "architectures": [model],
-        "auto_map": {
-            "AutoConfig": f"{_CODE}.{OomphLlavaConfig.__name__}",
-            "AutoModelForImageTextToText": f"{_CODE}.{model}",
-        },
+    if form.code == _EXPERTS_CODE:
+        changes, names = _with_experts(content, form), (OomphMoeConfig.__name__, OomphMoe.__name__)
+    else:
+        changes = {"model_type": OomphLlavaConfig.model_type}
+        names = OomphLlavaConfig.__name__, OomphLlavaForConditionalGeneration.__name__
+    if form.projector not in PLAIN_PROJECTORS:
+        changes["projector"] = form.projector
+    auto = "AutoModelForCausalLM" if "vision_config" not in content else "AutoModelForImageTextToText"
+    classes = {"AutoConfig": f"{form.code}.{names[0]}", auto: f"{form.code}.{names[1]}"}
+    changes |= {"architectures": [names[1]], "auto_map": classes}
+    path.write_text(json.dumps(content | changes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for module in (modeling_oomph_llava, modeling_oomph_moe)[: 2 if form.code == _EXPERTS_CODE else 1]:
+        source = Path(str(module.__file__))
+        alone = source.read_text(encoding="utf-8").replace("from oomph.live.", "from .")
+        (folder / source.name).write_text(alone, encoding="utf-8")
+
+
+def _with_experts(content: dict[str, Any], form: _Form) -> dict[str, Any]:
+    """What a configuration says beside that of the dense model."""
+    return {
+        "model_type": OomphMoeConfig.model_type,
+        "dense_model_type": content["model_type"],
+        "upcycled": described(form.layers),
     }
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copyfile(str(modeling_oomph_llava.__file__), folder / f"{_CODE}.py")
 
 
 def end_tokens(encoder: Encoder, generation: GenerationConfig | None) -> list[int]:
@@ -238,8 +290,8 @@ def _llava_processor(encoder: Encoder, vision: Vision) -> LlavaProcessor:
     )
 
 
-def _write_readme(folder: Path, kind: str, encoder: Encoder, adapters: str) -> None:
-    eyes, own = encoder.vision is not None, kind not in PLAIN_PROJECTORS
+def _write_readme(folder: Path, form: _Form, encoder: Encoder, adapters: str) -> None:
+    eyes, own = encoder.vision is not None, form.code
     model, inputs = ("AutoModelForImageTextToText", "AutoProcessor") if eyes else ("AutoModelForCausalLM", "AutoTokenizer")
     trust = ", trust_remote_code=True" if own else ""
     lines = [
@@ -257,7 +309,8 @@ def _write_readme(folder: Path, kind: str, encoder: Encoder, adapters: str) -> N
     if encoder.config.model_type == "llava":
         lines.append("The contents of messages are texts, with `<image>` where a picture stands.")
     if own:
-        lines += ["", f"Its projector, {kind}, is in no class of transformers: `{_CODE}.py` has one."]
+        what = "experts are" if own == _EXPERTS_CODE else f"projector, {form.projector}, is"
+        lines += ["", f"Its {what} in no class of transformers: `{own}.py` has one."]
     if adapters:
         lines += ["", adapters]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import PretrainedConfig, PreTrainedModel
 
 from oomph.core.catalogue import find_model
 from oomph.errors import UserError
@@ -24,11 +23,10 @@ from oomph.live.data.encoding import Encoded, Encoder, open_encoder
 from oomph.live.data.pictures import decode
 from oomph.live.data.samples import IMAGE_TAG, BadSample, Sample, Turn
 from oomph.live.export import SETTINGS, end_tokens
-from oomph.live.model import LLAVA_PROJECTOR, read_config
-from oomph.live.modeling_oomph_llava import OomphLlavaForConditionalGeneration
+from oomph.live.model import read_config
 from oomph.live.reading import read_weights
 from oomph.live.step import IGNORED
-from oomph.live.weights import PLAIN_PROJECTORS
+from oomph.live.weights import reader_of
 from oomph.recipe import Recipe
 
 _GRIDS_OF_ONE_SIZE = ("llava", "internvl", "gemma3")
@@ -113,12 +111,7 @@ def open_answerer(name: str, images: int, notify: Callable[[str], None], encoder
         recipe = recipe_of(folder, images)
         encoder = open_encoder(recipe, recipe.stages[0], notify)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = read_config(folder)
-    auto: Any = AutoModelForCausalLM
-    if getattr(config, "projector", LLAVA_PROJECTOR) not in PLAIN_PROJECTORS:
-        auto = OomphLlavaForConditionalGeneration
-    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        auto = AutoModelForImageTextToText
+    auto = reader_of(read_config(folder))
     found = read_weights(auto, folder, torch.float32 if device.type == "cpu" else "auto")
     if found.model is None:
         raise UserError(found.problems, "name a folder that holds a whole model")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -26,12 +27,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from oomph.errors import UserError
 from oomph.live.attention import hf_attention
+from oomph.live.capacity import CapacityExperts
+from oomph.live.experts import Experts
 from oomph.live.modeling_oomph_llava import POOL, OomphLlavaConfig
-from oomph.live.moe import Experts
+from oomph.live.modeling_oomph_moe import OomphMoeConfig
 from oomph.live.quantization import HeldWeight
+from oomph.live.residual import ResidualExperts
 
 LLAVA_PROJECTOR = "mlp2x_gelu"
 """The projector that ``LlavaForConditionalGeneration`` has."""
+WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+"""Towers of which every token is a patch."""
 _VISION = {"vision_tower", "visual", "vision_model", "vision_encoder"}
 _PROJECTOR = {"multi_modal_projector", "mm_projector", "projector", "connector", "aligner", "mlp_AR", "merger"} | {
     "deepstack_merger_list"
@@ -45,7 +51,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         UserError: transformers does not know the model's type or cannot read the file.
     """
     try:
-        config = _own_llava(folder) or AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = _own(folder) or AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each configuration class checks in its own way
         raise UserError(f"transformers cannot read {folder / 'config.json'}: {_first_line(error)}") from None
     for part in (config, getattr(config, "text_config", None)):
@@ -57,13 +63,24 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _own_llava(folder: Path) -> LlavaConfig | None:
-    """The configuration of a LLaVA that was saved with its projector's name, as `compose_llava` makes it; else none."""
+def _own(folder: Path) -> PretrainedConfig | None:
+    """The configuration of a model that was saved with a class of ours, as the dense model's own class has it; else none.
+
+    A LLaVA's says its projector's name, as `compose_llava` makes it; one with experts has `upcycled`.
+    """
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if content.get("model_type") != OomphLlavaConfig.model_type:
+    kind = content.get("model_type")
+    if kind == OomphLlavaConfig.model_type:
+        dense = LlavaConfig.model_type
+    elif kind == OomphMoeConfig.model_type:
+        dense = content["dense_model_type"]
+    else:
         return None
-    left_out = ("auto_map", "model_type", "architectures")
-    return LlavaConfig.from_dict({name: value for name, value in content.items() if name not in left_out})
+    left_out = ("auto_map", "model_type", "architectures", "dense_model_type")
+    config: PretrainedConfig = CONFIG_MAPPING[dense].from_dict(
+        {name: value for name, value in content.items() if name not in left_out}
+    )
+    return config
 
 
 def _first_line(error: Exception) -> str:
@@ -80,7 +97,8 @@ def compose_llava(
 ) -> LlavaConfig:
     """LLaVA's configuration from its parts: a vision tower, a projector and a causal language model.
 
-    Where the projector is not LLaVA's own, the configuration has an attribute `projector` that names it.
+    Where the projector is not LLaVA's own, the configuration has an attribute `projector` that names it. `feature_select`
+    is as in a recipe: LLaVA's strategy ``default`` leaves out the first token, whatever it is.
 
     Raises:
         UserError: the language part is none, or the projector cannot be between them.
@@ -95,9 +113,12 @@ def compose_llava(
             f"projector identity: the tower's width {vision.hidden_size} is not the language model's {language.hidden_size}",
             "linear and mlpNx_gelu turn one into the other",
         )
+    classed = vision.model_type not in WITHOUT_CLASS_TOKEN
+    drops = feature_select == "drop-first" or (feature_select == "patch" and classed)
     if projector.startswith("pool_"):
-        if feature_select == "full":
-            raise UserError(f"projector {projector}: the class token has no place in the grid", "vision_feature_select: patch")
+        if drops != classed:
+            reason = "the class token has no place in the grid" if classed else "patches without the first are not a square"
+            raise UserError(f"projector {projector}: {reason}", "vision_feature_select: patch")
         side //= POOL
     named: dict[str, Any] = {} if projector == LLAVA_PROJECTOR else {"projector": projector}
     return LlavaConfig(
@@ -108,7 +129,7 @@ def compose_llava(
         image_seq_length=side**2,
         projector_hidden_act="gelu",
         vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default" if feature_select == "patch" else "full",
+        vision_feature_select_strategy="default" if drops else "full",
         tie_word_embeddings=bool(getattr(language, "tie_word_embeddings", False)),
     )
 
@@ -152,9 +173,13 @@ def without_adapters(name: str) -> str:
 
 
 def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
-    """A function from a parameter's name to its part: vision, projector, language, experts, router, head or lora."""
+    """A function from a parameter's name to its part: vision, projector, language, experts, router, head or lora.
+
+    Of residual experts, the dense block is language, and what weighs it against the experts is router.
+    """
     experts = {without_adapters(path) for path, module in model.named_modules() if _holds_experts(module)}
     routed = {path.rpartition(".")[0] for path in experts}
+    shares = {f"{path}.coefficient" for path, module in model.named_modules() if isinstance(module, ResidualExperts)}
     head = model.get_output_embeddings()
     heads = {path for path, module in model.named_modules() if module is head}
 
@@ -172,7 +197,7 @@ def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
         if any(module == path or module.startswith(f"{path}.") for path in experts):
             return "experts"
         parent, _, leaf = module.rpartition(".")
-        if parent in routed and leaf in ("gate", "router"):
+        if module in shares or (parent in routed and leaf in ("gate", "router")):
             return "router"
         return "language"
 
@@ -180,7 +205,7 @@ def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    return hasattr(module, "_is_expert_parallel") or isinstance(module, Experts)
+    return hasattr(module, "_is_expert_parallel") or isinstance(module, Experts | CapacityExperts)
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -1,59 +1,31 @@
 """Turns a dense model's feed-forward networks (FFNs) into mixtures of experts.
 
-Every expert starts as a copy of the dense FFN, as in sparse upcycling (Komatsuzaki et al., arXiv 2212.05055). The router
-weights of a token sum to 1, so the converted model computes what the dense one did, whatever the router. No token is
-dropped and memory grows with tokens times top-k.
+Every expert starts as a copy of the dense FFN, as in sparse upcycling (Komatsuzaki et al., arXiv 2212.05055).
+The weights of a token's experts sum to 1, so the model computes what it did, whatever its routers are, as long as no noise
+is added.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-import transformers.integrations.moe  # noqa: F401  registers torch.ops.transformers.grouped_mm_fallback
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from oomph.errors import UserError
+from oomph.live.capacity import CapacityMixture
+from oomph.live.experts import Experts as StackedExperts
+from oomph.live.experts import MixtureOfExperts, Router
+from oomph.live.ffn import find_ffn
+from oomph.live.residual import ResidualExperts
+from oomph.recipe import Experts
+from oomph.recipe.schema import Layers
 
-Layers = Literal["alternate", "first_half", "second_half", "all"] | list[int]
-
-_FFN_NAMES = ("mlp", "feed_forward", "ffn")
+T = TypeVar("T")
 _LAYERS_HINT = "list layer numbers, each once, or use alternate, first_half, second_half or all."
-_FFN_HINT = (
-    "experts are made of an FFN named mlp, feed_forward or ffn that holds two Linear modules, or gate_proj, up_proj and "
-    "down_proj, with sizes that are multiples of 8, and one activation without parameters."
-)
-
-
-class _Form(NamedTuple):
-    """The names of an FFN's Linear modules by part (gate_proj, up_proj, down_proj), and its activation."""
-
-    parts: dict[str, str]
-    activation: nn.Module
-
-
-def find_ffn(layer: nn.Module) -> tuple[str, nn.Module]:
-    """The attribute name and the module of a decoder layer's dense FFN.
-
-    Two forms are known: plain, ``down(act(up(x)))``, and gated, ``down(act(gate(x)) * up(x))``, with or without biases.
-    That the FFN's own ``forward`` is one of them is checked on a few small numbers, not assumed from the names.
-
-    Raises:
-        UserError: the layer holds experts already, or has no FFN of these forms.
-    """
-    kind = type(layer).__name__
-    if any(name.rpartition(".")[2] == "experts" for name, _ in layer.named_modules()):
-        raise UserError(f"{kind} already holds experts.", "choose layers whose FFN is dense.")
-    for name in _FFN_NAMES:
-        ffn = getattr(layer, name, None)
-        if isinstance(ffn, nn.Module) and _form(ffn) is not None:
-            return name, ffn
-    modules = ", ".join(f"{name} ({type(module).__name__})" for name, module in layer.named_modules() if name)
-    raise UserError(f"{kind} has no FFN that experts can be made of; its modules are: {modules or 'none'}.", _FFN_HINT)
 
 
 def expert_layers(num_layers: int, layers: Layers) -> list[int]:
@@ -115,18 +87,66 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return stacks[outermost[0]]
 
 
-def upcycle(model: nn.Module, count: int, top_k: int, layers: Layers) -> list[int]:
+class Converted(NamedTuple):
+    """A decoder layer with experts. Names are those without adapters.
+
+    Attributes:
+        number: of the layer.
+        path: the full name of the module that took the FFN's place.
+        mixture_path: the full name of the mixture, which is another where the dense FFN stays.
+        mixture: the experts with their router.
+        experts: the experts, without adapters around them.
+        top_k: how many of them see a token.
+    """
+
+    number: int
+    path: str
+    mixture_path: str
+    mixture: MixtureOfExperts
+    experts: StackedExperts
+    top_k: int
+
+    @property
+    def residual(self) -> bool:
+        """Whether the dense FFN stays beside the experts."""
+        return self.path != self.mixture_path
+
+
+def converted_layers(model: nn.Module) -> list[Converted]:
+    """The decoder layers that `upcycle` gave experts to, in the order of the layers."""
+    paths = {id(module): path.replace(".base_layer", "") for path, module in model.named_modules()}
+    if not any(isinstance(module, MixtureOfExperts) for module in model.modules()):
+        return []
+    found = []
+    for number, block in enumerate(decoder_layers(model)):
+        for mixture in _inside(block, MixtureOfExperts):
+            around = [paths[id(module)] for module in _inside(block, ResidualExperts)]
+            path = paths[id(mixture)]
+            [experts], [router] = _inside(mixture, StackedExperts), _inside(mixture, Router)
+            found.append(Converted(number, around[0] if around else path, path, mixture, experts, router.top_k))
+    return found
+
+
+def make_choice_biases(model: nn.Module) -> None:
+    """Gives every router of an upcycled model a bias for its choice, on the meta device, whose values are to come."""
+    for router in _inside(model, Router):
+        router.choice_bias = torch.zeros(len(router.weight), dtype=torch.float32, device="meta")
+
+
+def _inside(module: nn.Module, kind: type[T]) -> list[T]:
+    return [item for item in module.modules() if isinstance(item, kind)]
+
+
+def upcycle(model: nn.Module, experts: Experts, seed: int = 0) -> list[int]:
     """Replaces the FFNs of the chosen decoder layers by mixtures of experts, in place.
 
     Layers are converted one after the other, and each dense FFN is let go before the next one is copied. Nothing is
-    changed where an error is raised.
+    changed where an error is raised. A model on the meta device gets its noise when it gets its weights.
 
     Args:
         model: a causal or a vision-language model; only its language model is converted.
-        count: experts per layer, at least 2.
-        top_k: experts per token, from 2 to `count`. One is refused: its weight would be the constant 1, and the router
-            would get no gradient from the loss.
-        layers: see `expert_layers`.
+        experts: the recipe's section.
+        seed: of the noise, where the section has some.
 
     Returns:
         The numbers of the converted layers, ascending.
@@ -134,12 +154,34 @@ def upcycle(model: nn.Module, count: int, top_k: int, layers: Layers) -> list[in
     Raises:
         UserError: for all problems at once.
     """
-    problems = _count_problems(count, top_k)
+    names, counts = _conversion(model, experts)
+    blocks = decoder_layers(model)
+    for (number, name), count in zip(names.items(), counts, strict=True):
+        dense = getattr(blocks[number], name)
+        mixture: nn.Module
+        if experts.dispatch == "capacity":
+            mixture = CapacityMixture(dense, count, experts.capacity_factor)
+        else:
+            mixture = MixtureOfExperts(dense, count, experts.top_k)
+        setattr(blocks[number], name, ResidualExperts(dense, mixture) if experts.residual else mixture)
+        del dense
+    add_noise(model, experts.noise, seed)
+    return list(names)
+
+
+def _conversion(model: nn.Module, experts: Experts) -> tuple[dict[int, str], list[int]]:
+    """The attribute of each chosen layer's FFN, and how many experts it gets.
+
+    Raises:
+        UserError: for all problems at once.
+    """
+    problems: list[str] = []
     hints: list[str] = []
     blocks, numbers = nn.ModuleList(), list[int]()
     try:
         blocks = decoder_layers(model)
-        numbers = expert_layers(len(blocks), layers)
+        numbers = expert_layers(len(blocks), experts.layers)
+        counts = expert_counts(numbers, experts)
     except UserError as error:
         problems += error.problems
         hints.append(error.hint)
@@ -154,215 +196,48 @@ def upcycle(model: nn.Module, count: int, top_k: int, layers: Layers) -> list[in
     problems += [f"decoder layer{'s' * (len(at) > 1)} {', '.join(map(str, at))}: {text}" for text, at in unfit.items()]
     if problems:
         raise UserError(problems, next(filter(None, hints), ""))
-    for number, name in names.items():
-        setattr(blocks[number], name, MixtureOfExperts(getattr(blocks[number], name), count, top_k))
-    return numbers
+    return names, counts
 
 
-class Router(nn.Module):
-    """Chooses the experts of each token: a linear map without bias, softmax, top-k, weights that sum to 1.
+def expert_counts(numbers: list[int], experts: Experts) -> list[int]:
+    """The number of experts of each converted layer.
 
-    Its weight is [count, hidden], initialised as ``nn.Linear`` initialises its own. Softmax and weights are float32.
-    While all experts are equal, the weights do not change the output and the loss gives the router no gradient.
+    Raises:
+        UserError: the section lists more or fewer.
     """
-
-    def __init__(
-        self, hidden: int, count: int, top_k: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.top_k = top_k
-        self.weight = nn.Parameter(torch.empty(count, hidden, device=device, dtype=dtype))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens, hidden] to the weights (float32) and the numbers (int64) of the chosen experts, both [tokens, top_k]."""
-        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight)
-        weights, chosen = logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
-        return weights / weights.sum(dim=-1, keepdim=True), chosen
+    if isinstance(experts.count, int):
+        return [experts.count] * len(numbers)
+    if len(experts.count) != len(numbers):
+        listed = f"experts.count lists {len(experts.count)} numbers of experts"
+        shown = ", ".join(map(str, numbers))
+        verb = "layer gets" if len(numbers) == 1 else "layers get"
+        raise UserError(f"{listed}, and {len(numbers)} {verb} some: {shown}.", "list one for each of them, or give one number.")
+    return experts.count
 
 
-class Experts(nn.Module):
-    """`count` copies of a dense FFN, stacked: weights [count, out, in], biases [count, out].
+def add_noise(model: nn.Module, noise: float, seed: int) -> None:
+    """Adds noise to every expert's weights, in place, so that copies differ; biases stay as they are.
 
-    The parameters are ``up_proj``, ``down_proj`` and for a gated FFN ``gate_proj``, each with ``_bias`` where the dense one
-    had a bias, on the device and in the dtype of the dense ones.
+    It is normal, and drawn in float32 one expert at a time, the first layer first. Nothing is done on the meta device, for
+    fake tensors or without noise.
+
+    Args:
+        model: upcycled.
+        noise: its standard deviation, in standard deviations of the weights that the experts are copies of.
+        seed: of the generator.
     """
-
-    def __init__(self, dense: nn.Module, count: int) -> None:
-        """Copies `dense`, and shares its activation module.
-
-        Raises:
-            UserError: `dense` is not a plain or gated FFN.
-        """
-        super().__init__()
-        form = _form(dense)
-        if form is None:
-            raise UserError(f"{type(dense).__name__} is not an FFN that experts can be made of.", _FFN_HINT)
-        self.count = count
-        self.gated = "gate_proj" in form.parts
-        self.activation = form.activation
-        for part, name in form.parts.items():
-            linear = dense.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            self.register_parameter(part, _stack(linear.weight, count))
-            self.register_parameter(f"{part}_bias", None if linear.bias is None else _stack(linear.bias, count))
-
-    def forward(self, hidden: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts' outputs.
-
-        The (token, choice) pairs are sorted by expert, so each expert's rows are one group of a grouped matrix product.
-        Under autocast the experts compute in autocast's dtype, as Linear modules do.
-
-        Args:
-            hidden: [tokens, hidden].
-            weights: [tokens, top_k].
-            chosen: expert numbers, [tokens, top_k].
-
-        Returns:
-            [tokens, hidden].
-        """
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._held("up_proj").dtype
-        top_k = chosen.shape[-1]
-        expert, order = chosen.flatten().sort(stable=True)
-        numbers = torch.arange(self.count, device=hidden.device)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
-        one_hot = (expert[:, None] == numbers).to(dtype)
-        rows = hidden.to(dtype)[order // top_k]
-        inner = self._linear("gate_proj" if self.gated else "up_proj", rows, ends, one_hot)
-        inner = self.activation(inner)
-        if self.gated:
-            inner = inner * self._linear("up_proj", rows, ends, one_hot)
-        out = self._linear("down_proj", inner, ends, one_hot)
-        by_token = torch.empty_like(out).index_copy_(0, order, out).view(-1, top_k, out.shape[1])
-        return (by_token * weights[..., None].to(dtype)).sum(dim=1)
-
-    def _held(self, part: str) -> Tensor:
-        """The weights of a part; with PEFT's adapters around them, their sum."""
-        weight: Tensor = getattr(self, part)
-        return weight
-
-    def _linear(self, part: str, rows: Tensor, ends: Tensor, one_hot: Tensor) -> Tensor:
-        """Each expert's linear map on its own rows: [rows, in] to [rows, out].
-
-        The bias is added as a product with the one-hot expert numbers, [rows, count]: its gradient is then a matrix
-        product too, where indexing would add thousands of rows to few addresses one by one.
-        """
-        weight = self._held(part)
-        bias: Tensor | None = getattr(self, f"{part}_bias")
-        out = _grouped_mm(rows, weight.to(rows.dtype).transpose(1, 2), ends)
-        return out if bias is None else out.addmm_(one_hot, bias.to(rows.dtype))
-
-
-class MixtureOfExperts(nn.Module):
-    """Takes the place of a dense FFN: a `Router` and the `Experts` it chooses from."""
-
-    def __init__(self, dense: nn.Module, count: int, top_k: int) -> None:
-        super().__init__()
-        self.experts = Experts(dense, count)
-        like = self.experts.get_parameter("up_proj")
-        self.router = Router(like.shape[2], count, top_k, like.device, like.dtype)
-        self.train(dense.training)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] to the same shape."""
-        tokens = hidden.flatten(0, -2)
-        weights, chosen = self.router(tokens)
-        out: Tensor = self.experts(tokens, weights, chosen)
-        return out.view(hidden.shape)
-
-
-def _grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """[rows, in] times each group's [in, out]; group `e` are the rows from ``ends[e - 1]`` to ``ends[e]`` (int32).
-
-    torch has the grouped kernel, and the shapes that fake tensors need, for bfloat16 alone (torch 2.13,
-    torch/_meta_registrations.py, _meta_grouped_mm_common). Other dtypes take the loop over groups of transformers
-    (transformers 5.23, integrations/moe.py).
-    """
-    if rows.dtype == torch.bfloat16:
-        return nn.functional.grouped_mm(rows, weight, offs=ends)
-    out: Tensor = torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
-    return out
-
-
-def _form(ffn: nn.Module) -> _Form | None:
-    """The form of a dense FFN, or None where it is not one of the known ones."""
-    linears = {name: module for name, module in ffn.named_children() if type(module) is nn.Linear}
-    others = [module for module in ffn.children() if type(module) is not nn.Linear]
-    if set(linears) == {"gate_proj", "up_proj", "down_proj"}:
-        parts = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
-    elif len(linears) == 2:
-        parts = dict(zip(("up_proj", "down_proj"), linears, strict=True))
-    else:
-        return None
-    held = {id(tensor) for linear in linears.values() for tensor in linear.parameters()}
-    extra = [*ffn.buffers(), *(tensor for tensor in ffn.parameters() if id(tensor) not in held)]
-    if len(others) != 1 or extra or not _shapes_agree({part: linears[name] for part, name in parts.items()}):
-        return None
-    form = _Form(parts, others[0])
-    return form if _computes(ffn, form) else None
-
-
-def _shapes_agree(parts: dict[str, nn.Linear]) -> bool:
-    """Whether the parts fit together, and every row starts at a multiple of 16 bytes, which grouped_mm asks for."""
-    up, down = parts["up_proj"], parts["down_proj"]
-    gate = parts.get("gate_proj", up)
-    shape = (up.out_features, up.in_features)
-    agree = shape == (down.in_features, down.out_features) == (gate.out_features, gate.in_features)
-    return agree and not any(size % 8 for size in shape)
-
-
-def _computes(ffn: nn.Module, form: _Form) -> bool:
-    """Whether the FFN's own forward is its form's formula, tried with small weights in place of its own.
-
-    Rows of many sizes show a clamp (as in transformers' DeepseekV4MLP), training mode a dropout (Starcoder2MLP).
-    """
-    with unset_fake_temporarily(), torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-
-        def sample(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-        tensors: dict[str, Tensor] = {}
-        for part, name in form.parts.items():
-            out, into = (3, 5) if part == "down_proj" else (5, 3)
-            tensors[f"{name}.weight"] = sample(out, into)
-            if ffn.get_submodule(name).bias is not None:
-                tensors[f"{name}.bias"] = sample(out)
-        rows = sample(1, 1000, 3) * torch.logspace(-1, 2, 1000, dtype=torch.float64, device="cpu")[:, None]
-
-        def linear(part: str, value: Tensor) -> Tensor:
-            name = form.parts[part]
-            return nn.functional.linear(value, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
-
-        training = ffn.training
-        try:
-            actual = torch.func.functional_call(ffn.train(), tensors, (rows,))
-        except (RuntimeError, TypeError):
-            return False
-        finally:
-            ffn.train(training)
-        if "gate_proj" in form.parts:
-            inner = form.activation(linear("gate_proj", rows)) * linear("up_proj", rows)
-        else:
-            inner = form.activation(linear("up_proj", rows))
-        return isinstance(actual, Tensor) and torch.allclose(actual, linear("down_proj", inner))
-
-
-def _stack(parameter: Tensor, count: int) -> nn.Parameter:
-    copies = parameter.detach().expand(count, *parameter.shape).clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(copies, requires_grad=parameter.requires_grad)
-
-
-def _count_problems(count: int, top_k: int) -> list[str]:
-    if not _whole([count, top_k]):
-        return [f"{count!r} experts of which {top_k!r} per token: both must be whole numbers."]
-    problems = [] if count >= 2 else [f"{count} experts are too few to choose from: at least 2 are needed."]
-    if top_k < 2:
-        problems.append(f"{top_k} experts per token are too few: with fewer than 2 the router gets no gradient from the loss.")
-    if top_k > max(count, 2):
-        problems.append(f"{top_k} experts per token are more than the {count} experts.")
-    return problems
+    if not noise:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for layer in converted_layers(model):
+        for weight in layer.experts.parameters():
+            if weight.dim() < 3 or weight.is_meta or isinstance(weight, FakeTensor):
+                continue
+            with torch.no_grad():
+                scale = noise * float(weight[0].float().std())
+                for expert in weight:
+                    drawn = torch.randn(expert.shape, generator=generator)
+                    expert.copy_(expert.float().add_(drawn.to(expert.device), alpha=scale))
 
 
 def _whole(values: object) -> bool:

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,7 +41,7 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, function, arguments), daemon=True)
-    with _plain_environment():
+    with _plain_environment(), interrupts_held():
         process.start()
     theirs.close()
     try:
@@ -59,11 +60,31 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     return answer
 
 
-def _answer(channel: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """In the new process: what a model's code prints is no result, and an interrupt ends it without a word."""
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Holds back interrupts; processes that start here begin so, until they `settle_down`.
+
+    A new process imports for seconds, and an interrupt would end it with a traceback, were it not to wait.
+    """
+    resource_tracker.ensure_running()  # its start would let interrupts through again (Python 3.11, resource_tracker.py)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def settle_down() -> None:
+    """In a new process: what a model's code prints is no result, and an interrupt ends it without a word."""
     sys.stdout = sys.stderr
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _answer(channel: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In the new process."""
+    settle_down()
     try:
         channel.send(function(*arguments))
     except UserError as error:

@@ -18,17 +18,21 @@ from oomph.live.checkpoint import step_of
 from oomph.live.data.collating import Prepared
 from oomph.live.data.loading import Loaded, Loader, Setting, machine_limits
 from oomph.live.data.shrinking import Shrinker
-from oomph.live.engine import Engine, StepResult
+from oomph.live.engine import Engine
 from oomph.live.evaluating import Evaluator
 from oomph.live.export import save_model
 from oomph.live.optimizers import optimizer_over
 from oomph.live.precision import arithmetic_of
 from oomph.live.saving import load_model, load_optimizer, load_random, read_state, save_state
 from oomph.live.stage_parts import Session, StageData, StageForms, collator, seed_everything, settings, setup_of
+from oomph.live.step_parts import StepResult
 from oomph.live.watch import Busy, numbers_of
 from oomph.live.weights import build_stage_model, parameter_groups
 from oomph.recipe.writing import to_yaml
-from oomph.run_records import EvaluationRecord, StepRecord
+from oomph.run_records import EvaluationRecord, ExpertLoad, StepRecord
+
+_SHORT = 128
+"""Experts, over all layers, up to which each step's line of the log has their loads."""
 
 
 class Stopped(Exception):
@@ -234,7 +238,16 @@ class StageRun:
             decode_seconds=loaded.decode_seconds,
             workers=workers,
             activity=self._busy.share(),
+            balance_loss=result.routed.balance_loss,
+            z_loss=result.routed.z_loss,
+            experts=self._loads(result),
         )
+
+    def _loads(self, result: StepResult) -> tuple[ExpertLoad, ...]:
+        """The loads that are written down: of each step where they are short, else of every tenth and of the last one."""
+        loads = result.routed.experts
+        written = sum(len(load.text) for load in loads) <= _SHORT or self._step in (1, self._steps) or self._step % 10 == 0
+        return loads if written else ()
 
     def _tell(self, record: StepRecord | EvaluationRecord) -> None:
         for log in self._session.logs:

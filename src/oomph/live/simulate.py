@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,11 +17,12 @@ from oomph.core.layout import Shape
 from oomph.core.trace import Trace
 from oomph.errors import UserError
 from oomph.live.batch import Batch, Images, text_inputs
+from oomph.live.capacity import CapacityMixture
 from oomph.live.checkpointing import apply_checkpointing
 from oomph.live.cuda_rules import CudaFunctions, CudaRules, Device, cuda_autocast
 from oomph.live.eight_bit import on_a_gpu
 from oomph.live.fake import WorstCase, answering
-from oomph.live.layers import arrange, drop_layers
+from oomph.live.layers import arrange, drop_layers, owners
 from oomph.live.memo import Memo
 from oomph.live.model import part_finder, to_fake
 from oomph.live.optimizers import make_optimizer, states_of
@@ -122,8 +123,13 @@ class Simulator:
                 raise
             except Exception as error:
                 raise untraceable(error, self._model, recorder.whereabouts()) from error
-        name_roles(recorder.trace, self._model.config.get_text_config(), shape)
+        name_roles(recorder.trace, self._model.config.get_text_config(), shape, self._dispatching())
         return recorder.trace
+
+    def _dispatching(self) -> set[str]:
+        """The modules whose own code is a dispatch over dense tensors, with ``{}`` for the layer's number."""
+        owned = owners(self._model, self._stacks)
+        return {owned[path].template for path, module in self._model.named_modules() if isinstance(module, CapacityMixture)}
 
     def _run(self, recorder: Recorder, shape: Shape) -> None:
         optimizer = make_optimizer(self._model, self._setup.optimizer, self._setup.optimizer_offload)
@@ -171,14 +177,23 @@ def _announcer(recorder: Recorder) -> Callable[[str, int], None]:
     return on
 
 
-def name_roles(trace: Trace, config: PretrainedConfig, shape: Shape) -> None:
-    """Tells logits and attention scores from other activations, by their shapes."""
+def name_roles(trace: Trace, config: PretrainedConfig, shape: Shape, dispatching: Collection[str] = ()) -> None:
+    """Tells logits, attention scores and the dispatch to experts from other activations.
+
+    Args:
+        trace: whose storages are renamed, in place.
+        config: of the language model; logits and scores are known by their shapes.
+        shape: of the micro-batch.
+        dispatching: the modules that hold nothing but the dispatch.
+    """
     for number, storage in enumerate(trace.storages):
         if storage.kind.role not in ("activation", "temporary"):
             continue
         dims = storage.shape
         role = ""
-        if len(dims) >= 2 and dims[-1] == config.vocab_size and dims != (config.vocab_size, config.hidden_size):
+        if storage.kind.module in dispatching:
+            role = "dispatch"
+        elif len(dims) >= 2 and dims[-1] == config.vocab_size and dims != (config.vocab_size, config.hidden_size):
             role = "logits"
         elif len(dims) >= 3 and dims[-1] == dims[-2] == shape.tokens:
             role = "scores"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,16 +13,19 @@ from oomph.core.layout import Shape
 from oomph.core.unroll import UNITS, NotPeriodic
 from oomph.errors import UntraceableError
 from oomph.live.adapters import add_adapters, check_rules
+from oomph.live.balance import apply_balance
 from oomph.live.batch import Images, images_of
+from oomph.live.capacity import balance_capacity, load_of
 from oomph.live.model import LLAVA_PROJECTOR, build, compose_llava, part_finder, read_config, without_adapters
 from oomph.live.modeling_oomph_llava import projector
-from oomph.live.moe import upcycle
+from oomph.live.moe import make_choice_biases, upcycle
+from oomph.live.moe_architectures import check_same, has_choice_bias, has_own_class, section_in
 from oomph.live.precision import arithmetic_of
 from oomph.live.quantization import quantize
 from oomph.live.simulate import Setup, Simulator
-from oomph.recipe import cover
+from oomph.recipe import Experts, cover
 from oomph.recipe.rules import parse_pattern
-from oomph.recipe.schema import Lora
+from oomph.recipe.schema import Balance, Lora
 
 WHOLE = 1 << 20
 
@@ -47,7 +49,8 @@ def make_form(key: FormKey) -> Traced:
         simulator = _simulator(key, model, images, UNITS + 1, UNITS)
         check = simulator.trace(Shape(*held_out))
         simulator.shorten()
-        form = fit([(shape, simulator.trace(Shape(*shape))) for shape in made], (held_out, check))
+        load = load_of(_experts(key, config))
+        form = fit([(shape, simulator.trace(Shape(*shape))) for shape in made], (held_out, check), load)
     except (NotClosed, NotPeriodic, UntraceableError) as reason:
         return Traced(None, tokens, f"no closed form: {reason}")
     note = f"; step time: {form.work.note}" if form.work.note else ""
@@ -79,9 +82,13 @@ def build_model(key: FormKey, config: PretrainedConfig) -> PreTrainedModel:
     """
     arithmetic = arithmetic_of(key.precision)
     model = build(config, arithmetic.frozen, key.attention)
-    _set_projector(model, arithmetic.frozen)
-    if key.expert_count:
-        upcycle(model, key.expert_count, key.expert_top_k, json.loads(key.expert_layers))
+    set_projector(model, arithmetic.frozen)
+    experts = _experts(key, config)
+    if experts is not None:
+        upcycle(model, experts)
+    if has_choice_bias(config):
+        make_choice_biases(model)
+    _balance(key, model, experts)
     check_rules((*key.trained, *key.frozen), bool(key.lora))
     if key.quantization:
         rates = _rates(key, model, adapters=False)
@@ -97,6 +104,33 @@ def build_model(key: FormKey, config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def _experts(key: FormKey, config: PretrainedConfig) -> Experts | None:
+    """What the dense model is upcycled to; None where it stays dense, or comes with experts of its own class.
+
+    Raises:
+        UserError: the stage asks for other experts than the model has.
+    """
+    asked = Experts.model_validate_json(key.experts) if key.experts else None
+    found = section_in(config)
+    if found is None or asked is None:
+        return found if found is not None and not has_own_class(config) else asked
+    check_same(asked, found, config, str(key.model or key.language), top_k=has_own_class(config))
+    return None if has_own_class(config) else asked
+
+
+def _balance(key: FormKey, model: PreTrainedModel, experts: Experts | None) -> None:
+    """Lets the routers count what they choose, and adds the stage's balance, in place.
+
+    Raises:
+        UserError: there is nothing to balance, or it cannot be balanced like this.
+    """
+    balance = Balance.model_validate_json(key.balance) if key.balance else None
+    if experts is None or experts.dispatch != "capacity":
+        apply_balance(model, balance)
+    elif balance is not None:
+        balance_capacity(model, balance)
+
+
 def _rates(key: FormKey, model: PreTrainedModel, adapters: bool) -> dict[str, float | None]:
     """The learning rate of every parameter by the name it has without adapters, 1 where it trains and None where not."""
     part = part_finder(model)
@@ -106,7 +140,7 @@ def _rates(key: FormKey, model: PreTrainedModel, adapters: bool) -> dict[str, fl
     return cover(meant, named)  # type: ignore[arg-type]
 
 
-def _set_projector(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def set_projector(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replaces LLaVA's own projector where the configuration names another."""
     kind = getattr(model.config, "projector", LLAVA_PROJECTOR)
     if kind != LLAVA_PROJECTOR:

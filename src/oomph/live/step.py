@@ -6,7 +6,7 @@
     unscale and clip the gradients; step the optimizer; drop the gradients
 
 `accumulate` is the loop, which may run again; `commit` is the last line. The gradient does not depend on how the samples are
-cut into micro-batches, in exact arithmetic.
+cut into micro-batches, in exact arithmetic. What keeps the load of experts even is added at their routers (`balance`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from oomph.live.balance import Shares, routers_of
 
 Batch = dict[str, Any]
 Loss = Callable[[PreTrainedModel, Batch, int], Tensor]
@@ -85,6 +87,7 @@ def train_step(
     on: Callable[[str, int], None] = lambda phase, index: None,
     around_forward: Callable[[], AbstractContextManager[object]] = nullcontext,
     scaler: torch.amp.GradScaler | None = None,
+    shares: Shares | None = None,
 ) -> Tensor:
     """Runs one step and returns the mean loss over the step's tokens, a tensor without dimensions.
 
@@ -98,7 +101,9 @@ def train_step(
         on: told "forward" and "backward" with the micro-batch's number, and "optimizer", as each begins.
         around_forward: makes what each forward and its loss run in, autocast for instance.
         scaler: scales the loss before the backward; none to leave it as it is.
+        shares: of the whole step, for a model whose experts are balanced; none for `num_tokens` samples of one token.
     """
+    routers_of(model).begin(model, Shares(num_tokens, num_tokens, len(batches), num_tokens) if shares is None else shares)
     total = accumulate(model, batches, loss, num_tokens, on, around_forward, scaler)
     on("optimizer", len(batches))
     commit(optimizer, max_grad_norm, scaler)
@@ -121,7 +126,8 @@ def accumulate(
 
     Args:
         model: in training mode, without gradients.
-        batches: one function for each micro-batch, at least one. Each gives the same batch whenever it is called.
+        batches: one function for each micro-batch, at least one. Each gives the same batch whenever it is called. It may hold
+            what `balance` names `LENGTHS` and `GROUPS` beside what the model reads.
         loss: one of `LOSSES`.
         num_tokens: label tokens of the whole step.
         on: told "forward" and "backward" with the micro-batch's number.
@@ -132,12 +138,15 @@ def accumulate(
         The mean loss over the step's tokens, a tensor without dimensions.
     """
     total: Tensor | None = None
+    routers = routers_of(model)
     for index, collate in enumerate(batches):
         on("forward", index)
-        with around_forward():
-            value = loss(model, collate(), num_tokens)
-        on("backward", index)
-        (value if scaler is None else scaler.scale(value)).backward()
+        with routers.micro_batch(scaler):
+            with around_forward():
+                value = loss(model, routers.look(collate()), num_tokens)
+            routers.turn()
+            on("backward", index)
+            (value if scaler is None else scaler.scale(value)).backward()
         value = value.detach()
         total = value if total is None else total.add_(value)
         del value

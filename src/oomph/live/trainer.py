@@ -31,6 +31,7 @@ from oomph.live.saving import read_state
 from oomph.live.stage_parts import Session, StageData
 from oomph.live.watch import Log, Observer, open_logs
 from oomph.recipe import Recipe, Stage
+from oomph.recipe.routing import check_dispatch
 from oomph.recipe.rules import parse_pattern
 from oomph.records import Choice, Plan
 from oomph.run_records import RunSummary
@@ -91,7 +92,7 @@ def train(
         RunError: the run could not go on.
         Interrupted: the user ended it, and it is saved.
     """
-    _check_stages(recipe)
+    check_dispatch(recipe.stages)
     path = options.folder(recipe)
     with RunFolder(path, recipe, options.resume, recipe.run.keep) as folder:
         if options.resume and not folder.exists:
@@ -139,18 +140,6 @@ class _Uncounted:
         """Makes several at once."""
         with uncounted():
             self._source.prepare(keys)
-
-
-def _check_stages(recipe: Recipe) -> None:
-    """What is planned and cannot be trained yet.
-
-    Raises:
-        UserError: the recipe has it.
-    """
-    problems = [f"stage {stage.name} makes experts of feed-forward blocks" for stage in recipe.stages if stage.experts]
-    if problems:
-        hint = "it is planned, and not trained yet: leave the stage out"
-        raise UserError(problems, hint)
 
 
 def _as_begun(recipe: Recipe, folder: RunFolder, notify: Callable[[str], None]) -> Recipe:

@@ -138,6 +138,8 @@ def _evaluated(record: EvaluationRecord) -> Iterator[tuple[str, float | None]]:
 def _stepped(record: StepRecord) -> Iterator[tuple[str, float | None]]:
     spent = record.seconds["data"] + record.seconds["step"]
     yield "loss", record.loss
+    yield "balance loss", record.balance_loss
+    yield "z-loss", record.z_loss
     yield "grad_norm", record.grad_norm
     yield "samples per second", record.samples / spent if spent > 0 else None
     yield "tokens per second", record.tokens / spent if spent > 0 else None

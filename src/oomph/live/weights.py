@@ -11,23 +11,34 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from oomph.core.forms import FormKey
 from oomph.errors import UserError
 from oomph.live.data.image_token import place_image_token
 from oomph.live.data.templating import load_tokenizer, tokenizer_folder
-from oomph.live.model import LLAVA_PROJECTOR, build, part_finder, without_adapters
+from oomph.live.model import LLAVA_PROJECTOR, build, part_finder, read_config, without_adapters
 from oomph.live.modeling_oomph_llava import OomphLlavaForConditionalGeneration, projector
+from oomph.live.modeling_oomph_moe import OomphMoe
+from oomph.live.moe import Converted, add_noise, converted_layers, make_choice_biases
+from oomph.live.moe_architectures import check_same, from_matching, has_choice_bias, section_in
 from oomph.live.quantization import HeldWeight
 from oomph.live.reading import read_weights
 from oomph.live.source import build_model, read_model_config
-from oomph.recipe import Recipe, Stage, cover
+from oomph.recipe import Experts, Recipe, Stage, cover
 from oomph.recipe.rules import parse_pattern
 
 PLAIN_PROJECTORS = (LLAVA_PROJECTOR, "linear", "mlp1x_gelu", "identity")
@@ -76,12 +87,14 @@ def build_stage_model(
     Raises:
         UserError: the model cannot be built, or its weights are missing, damaged or of another model; all of it at once.
     """
-    if key.expert_count:
-        raise UserError("a stage that makes experts of feed-forward blocks is planned, and not trained yet", "leave it out")
     config = read_model_config(key)
+    key = _going_on(key, config, previous)
     if config.model_type == "llava":
         place_image_token(config, load_tokenizer(tokenizer_folder(recipe)))
     model = build_model(key, config)
+    if previous is not None and has_choice_bias(read_config(previous)):
+        make_choice_biases(model)
+    layers = converted_layers(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if previous is not None:
@@ -90,12 +103,73 @@ def build_stage_model(
             origin = _new_weights(key, config, model)
         else:
             origin = _pretrained_weights(key, config, model, notify)
+        dense = [layer for layer in layers if f"{layer.mixture_path}.router.weight" not in origin.tensors]
+        torch.manual_seed(seed)
+        _make_experts(origin.tensors, dense)
         torch.manual_seed(seed)
         _initialise_adapters(model)
     fill(model, origin.tensors, torch.device(device))
+    if dense and key.experts:
+        add_noise(model, Experts.model_validate_json(key.experts).noise, seed)
     if origin.generation is not None:
         model.generation_config = origin.generation
     return model
+
+
+def _going_on(key: FormKey, config: PretrainedConfig, previous: Path | None) -> FormKey:
+    """The key with the experts that the stage before left, where it has none of its own.
+
+    Raises:
+        UserError: experts of the stage cannot be trained, or are others than those that there are.
+    """
+    asked = Experts.model_validate_json(key.experts) if key.experts else section_in(config)
+    if asked is not None and asked.dispatch != "dropless":
+        raise UserError(
+            f"experts.dispatch {asked.dispatch} is planned and not trained: its memory grows with the square of the tokens",
+            "leave it out, and every token goes to its experts",
+        )
+    if previous is None:
+        return key
+    before = read_config(previous)
+    found = section_in(before)
+    if found is None:
+        return key
+    if asked is None:
+        return replace(key, experts=found.model_dump_json())
+    check_same(asked, found, before, str(previous))
+    return key
+
+
+def _make_experts(tensors: dict[str, Tensor], layers: list[Converted]) -> None:
+    """Makes of the FFNs of a dense model what converted layers hold, in place: views of each weight, and new routers.
+
+    A dense FFN's own tensors stay where it stays beside the experts.
+    """
+    for layer in layers:
+        path, inside = layer.path, layer.mixture_path
+        names = [name for name in tensors if name.startswith(f"{path}.") and name.endswith((".weight", ".bias"))]
+        linears = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        parts = {name.rpartition(".")[2]: name for name in linears}
+        if not layer.experts.gated:
+            parts = dict(zip(("up_proj", "down_proj"), linears, strict=True))
+        for part, linear in parts.items():
+            for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+                tensor = tensors.pop(f"{linear}.{leaf}", None)
+                if tensor is not None:
+                    tensors[f"{inside}.experts.{part}{suffix}"] = tensor.detach().expand(layer.experts.count, *tensor.shape)
+                    if layer.residual:
+                        tensors[f"{path}.dense.{linear.rpartition('.')[2]}.{leaf}"] = tensor
+        width = tensors[f"{inside}.experts.up_proj"].shape[2]
+        tensors |= {f"{inside}.router.{name}": item for name, item in _new_router(layer, width).items()}
+        if layer.residual:
+            share = nn.Linear(width, 2)
+            tensors |= {f"{path}.coefficient.{name}": item for name, item in share.named_parameters()}
+
+
+def _new_router(layer: Converted, width: int) -> dict[str, Tensor]:
+    """A router as it begins: its weight as of a new linear layer, and nothing learned about the load."""
+    count = layer.experts.count
+    return {"weight": nn.Linear(width, count, bias=False).weight, "choice_bias": torch.zeros(count)}
 
 
 def _new_weights(key: FormKey, config: PretrainedConfig, structure: PreTrainedModel) -> Origin:
@@ -130,7 +204,7 @@ def _pretrained_weights(
     tower = _read(
         type(structure.base_model.vision_tower), Path(key.vision), _dtype(structure, _TOWER), problems, config.vision_config
     )
-    language = _read(AutoModelForCausalLM, Path(key.language), _dtype(structure, _LANGUAGE, "lm_head."), problems)
+    language = _read(reader_of(config.text_config), Path(key.language), _dtype(structure, _LANGUAGE, "lm_head."), problems)
     if tower is None or language is None:
         raise _unreadable(problems)
     head = language.get_output_embeddings()
@@ -146,19 +220,30 @@ def saved_weights(structure: PreTrainedModel, folder: Path, notify: Callable[[st
     Raises:
         UserError: they are not all there.
     """
-    kind = getattr(structure.config, "projector", LLAVA_PROJECTOR)
-    own = kind not in PLAIN_PROJECTORS
     problems: list[str] = []
-    model = _read(
-        OomphLlavaForConditionalGeneration if own else type(structure), folder, _dtype(structure, ""), problems, notify=notify
-    )
+    config = read_config(folder)
+    layers = converted_layers(structure)
+    if section_in(config) is None and not layers and getattr(config, "projector", LLAVA_PROJECTOR) in PLAIN_PROJECTORS:
+        kind: Any = type(structure)
+    else:
+        kind = reader_of(config)
+    model = _read(kind, folder, _dtype(structure, ""), problems, notify=notify)
     if model is None:
         raise _unreadable(problems)
     tensors = _tensors(model)
-    if kind in ("linear", "mlp1x_gelu"):
+    if getattr(structure.config, "projector", LLAVA_PROJECTOR) in ("linear", "mlp1x_gelu"):
         for leaf in ("weight", "bias"):
             tensors[f"{_PROJECTOR}0.{leaf}"] = tensors[f"{_PROJECTOR}linear_1.{leaf}"]
-    return Origin(tensors, model.generation_config)
+    return Origin(from_matching(tensors, layers), model.generation_config)
+
+
+def reader_of(config: PretrainedConfig) -> Any:
+    """What reads the weights of a folder with this configuration, by ``from_pretrained``."""
+    if getattr(config, "upcycled", None) is not None:
+        return OomphMoe
+    if getattr(config, "projector", LLAVA_PROJECTOR) not in PLAIN_PROJECTORS:
+        return OomphLlavaForConditionalGeneration
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
 
 def _read(
@@ -224,10 +309,11 @@ def _initialise_adapters(model: nn.Module) -> None:
             reset(_ADAPTER, True)
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+def fill(model: nn.Module, weights: dict[str, Tensor], device: torch.device) -> None:
     """Gives each tensor of a model on the meta device memory on the device and its value, in place.
 
-    Tied tensors stay tied, and what is not on the meta device goes to the device as it is.
+    Tied tensors stay tied, and what is not on the meta device goes to the device as it is. Weights are taken out of their
+    dictionary as they are copied, so that no more of them are held than are still to come.
 
     Args:
         model: with adapters and quantized layers where it has some.
@@ -245,9 +331,9 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) 
         for tensors in (module._parameters, module._buffers):
             for leaf, tensor in list(tensors.items()):
                 if tensor is not None:
+                    source = weights.pop(without_adapters(path + leaf), tensor)
                     if id(tensor) not in made:
-                        source = weights[without_adapters(path + leaf)] if tensor.is_meta else tensor
-                        made[id(tensor)] = tensor, _real(tensor, source, device)
+                        made[id(tensor)] = tensor, _real(tensor, source if tensor.is_meta else tensor, device)
                     tensors[leaf] = made[id(tensor)][1]  # type: ignore[assignment]
 
 

@@ -12,12 +12,11 @@ import gc
 import math
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from oomph.core.forms import FormKey, Traced
+from oomph.live.processes import interrupts_held, settle_down
 
 
 def make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None]) -> None:
@@ -32,8 +31,9 @@ def make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None])
             done(key, _make(key))
         return
     longest_first = sorted(keys, key=_traced_layers, reverse=True)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
-        futures = {pool.submit(_make_beside_others, key): key for key in longest_first}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), settle_down) as pool:
+        with interrupts_held():
+            futures = {pool.submit(_make_beside_others, key): key for key in longest_first}
         try:
             for future in as_completed(futures):
                 done(futures[future], future.result())
@@ -41,16 +41,9 @@ def make_forms(keys: Sequence[FormKey], done: Callable[[FormKey, Traced], None])
             pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
-    """In a new process: what a model's code prints is no result, and an interrupt ends it without a word."""
-    sys.stdout = sys.stderr
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _traced_layers(key: FormKey) -> int:
     """How many layers of the language model a key's traces hold, in multiples of what they hold without a pattern."""
-    alternating = 2 if key.expert_count else 1
+    alternating = 2 if key.experts else 1
     stride = int(key.checkpointing.removeprefix("every-")) if key.checkpointing.startswith("every-") else 1
     return math.lcm(alternating, stride)
 

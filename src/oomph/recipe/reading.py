@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from oomph.errors import UserError
+from oomph.recipe import routing
 from oomph.recipe.schema import KNOBS, Recipe, Stage
 from oomph.recipe.sentences import dotted, sentence, shown
 from oomph.recipe.suggest import did_you_mean
@@ -74,6 +75,15 @@ def load(path_or_name: str | Path) -> Recipe:
     return _validate(data, problems, f"{path.name}: ")
 
 
+def from_values(values: dict[str, Any], where: str = "") -> Recipe:
+    """The recipe in plain values, as a file would hold them. `where` stands before each problem.
+
+    Raises:
+        UserError: they say what a recipe cannot say.
+    """
+    return _validate(values, [], where)
+
+
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """The recipe with ``key=value`` settings applied, in their order.
 
@@ -114,9 +124,11 @@ def stage_of(recipe: Recipe, name: str) -> Stage:
 def _validate(data: dict[Any, Any], problems: list[str], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(data)
+        found = [(stage.name, text) for stage in recipe.stages for text in routing.problems(stage)]
+        problems = problems + [f"`stages.{name}`: {text}" for name, text in [*found, *routing.forgotten(recipe.stages)]]
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        problems = problems + [sentence(item["type"], item["loc"], item, data) for item in found]
+        wrong = error.errors(include_url=False)
+        problems = problems + [sentence(item["type"], item["loc"], item, data) for item in wrong]
     if problems:
         raise UserError([where + problem for problem in problems], _EXAMPLE)
     return recipe

@@ -107,8 +107,9 @@ class Parts(Section):
     """The language model: a catalogued model, a local folder, or a hub id in the local cache."""
     vision_feature_layer: int = -2
     """The hidden state of the tower that the projector reads; -1 is the last."""
-    vision_feature_select: Literal["patch", "full"] = "patch"
-    """`patch` drops the class token, `full` keeps every token."""
+    vision_feature_select: Literal["patch", "full", "drop-first"] = "patch"
+    """`patch` drops the class token, where the tower has one, `full` keeps every token. `drop-first` drops the first token
+    whatever it is: a patch of SigLIP's, which has no class token, as MoE-LLaVA's 384-pixel models were trained."""
 
 
 class DataFile(Section):
@@ -237,20 +238,76 @@ class Run(Section):
     """Where the numbers of each step go beside the run's own files."""
 
 
+ExpertCount = Annotated[int, Field(ge=2)]
+
+
+def _counts(value: Any) -> Any:
+    """A number of experts or a list of them. What is wrong is one sentence, whichever of them was meant."""
+    listed = value if isinstance(value, list) else [value]
+    wrong = [count for count in listed if type(count) is not int or count < 2]
+    if wrong or not listed:
+        expected = "a whole number from 2, or a list of such numbers, one for each layer"
+        item = {"item": wrong[0]} if wrong and isinstance(value, list) else {}
+        raise PydanticCustomError("expected", "must be {expected}", {"expected": expected, **item})
+    return value
+
+
 class Experts(Section):
     """Upcycling: the feed-forward blocks of some layers become mixtures of experts, each starting as a copy."""
 
-    count: Annotated[int, Field(ge=2)]
-    """Experts in each such layer."""
-    top_k: Annotated[int, Field(ge=2)]
-    """Experts that see each token, two at least: the router learns from the weights between them."""
+    count: Annotated[ExpertCount | list[ExpertCount], BeforeValidator(_counts)]
+    """Experts in each such layer; or a list with the number of each, the first layer first."""
+    top_k: Count
+    """Experts that see each token. With one, the router learns from the balance alone."""
     layers: Layers = "alternate"
     """`alternate` (the first, the third ...), `first_half`, `second_half`, `all`, or a list of numbers from 0."""
+    residual: bool = False
+    """Whether each layer keeps its dense block beside the experts, and learns how much of each a token takes."""
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Noise on each expert's copy, in standard deviations of its weights; 0 keeps what the dense model computes."""
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    """`dropless` keeps every token, in memory that grows with tokens times `top_k`. `capacity` is planned only, for `top_k` 2:
+    the dense tensors of tokens by experts by capacity that DeepSpeed's dispatch makes."""
+    capacity_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.5
+    """Tokens that an expert may take under `capacity`, in shares of an even load."""
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
-        if self.top_k > self.count:
-            raise ValueError(f"top_k {self.top_k} is more than count {self.count}, the experts there are")
+        fewest = self.count if isinstance(self.count, int) else min(self.count)
+        if self.top_k > fewest:
+            which = "count" if isinstance(self.count, int) else "the fewest of count,"
+            raise ValueError(f"top_k {self.top_k} is more than {which} {fewest}, the experts there are")
+        if self.dispatch == "capacity" and self.top_k != 2:
+            raise ValueError(f"dispatch capacity is DeepSpeed's over top_k 2, not {self.top_k}")
+        if self.dispatch != "capacity" and self.capacity_factor != type(self).model_fields["capacity_factor"].default:
+            raise ValueError("`capacity_factor` is for dispatch capacity: dropless experts take every token")
+        return self
+
+
+class Balance(Section):
+    """What keeps the load of experts even, on a stage whose model has experts. Without this section, nothing does."""
+
+    kind: Literal["sequence", "group", "bias", "micro-batch"]
+    """`sequence` evens the load of each sample, `group` that of fixed groups of `group` samples; both add a loss. `bias`
+    moves a bias of each expert by `bias_rate` once a step, against the load of the step, and adds no loss. `micro-batch`
+    evens the load of each micro-batch, as published code does: another cut of a step then trains another loss."""
+    coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """Of the loss, which is 1 for each layer whose load is even."""
+    group: Count = 1
+    """Samples of a group."""
+    bias_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.001
+    """How far a step moves the biases."""
+    z_loss: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """The coefficient of the router's z-loss, the mean square of its logits' log-sum-exp over the step's tokens."""
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if self.kind == "group" and self.group == 1:
+            raise ValueError("kind group needs `group`, the samples that are evened together, from 2")
+        fitting = {"group": "group", "bias_rate": "bias"}
+        for name, kind in fitting.items():
+            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` is for kind {kind}, and kind is {self.kind}")
         return self
 
 
@@ -316,6 +373,8 @@ class Stage(Section):
     """Memory knobs that differ in this stage."""
     experts: Experts | None = None
     """The experts, on a stage that upcycles the model before it trains."""
+    balance: Balance | None = None
+    """What keeps the load of experts even, on a stage whose model has experts."""
     lora: Lora | None = None
     """The adapters, on a stage that trains some."""
     quantization: Quantization | None = None
@@ -367,6 +426,7 @@ SECTIONS: dict[str, type[Section]] = {
     "run": Run,
     "stages": Stage,
     "experts": Experts,
+    "balance": Balance,
     "lora": Lora,
     "quantization": Quantization,
 }

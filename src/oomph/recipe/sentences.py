@@ -49,7 +49,7 @@ def sentence(kind: str, location: Location, error: Mapping[str, Any], data: Any)
         location, kind = location[:-1], "invalid_key" if kind == "string_type" else kind
     key = dotted(location, data)
     context = error.get("ctx", {})
-    given = shown(error["input"])
+    given = f"a list with {shown(context['item'])}" if "item" in context else shown(error["input"])
     if kind == "missing":
         return f"`{key}` is missing"
     if kind == "extra_forbidden":
@@ -88,7 +88,7 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return "a list"
+        return "a list" if value else "an empty list"
     if isinstance(value, dict):
         return "a mapping"
     text = repr(value)

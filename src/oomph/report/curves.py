@@ -1,4 +1,4 @@
-"""A run's log as pictures: the loss, and memory as it was predicted and measured."""
+"""A run's log as pictures: the loss, memory as it was predicted and measured, and the load of experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from oomph.run_records import EvaluationRecord, StepRecord
+from oomph.report.expert_loads import draw_loads
+from oomph.run_records import EvaluationRecord, StepRecord, last_loads
 from oomph.units import GIB, MIB
 
 _INCHES, _DOTS = (8.0, 4.5), 120
@@ -17,7 +18,7 @@ _FEW = 30
 
 
 def draw(lines: Sequence[StepRecord | EvaluationRecord], title: str, folder: Path) -> list[Path]:
-    """Draws ``loss.png`` and ``memory.png`` into a folder; nothing where no step was trained.
+    """Draws ``loss.png`` and ``memory.png`` into a folder, and of a model with experts ``experts.png``; nothing without steps.
 
     Args:
         lines: of the log, in their order.
@@ -39,7 +40,12 @@ def draw(lines: Sequence[StepRecord | EvaluationRecord], title: str, folder: Pat
         ("loss.png", lambda axes: _loss(axes, steps, evaluations, before)),
         ("memory.png", lambda axes: _memory(axes, steps, before)),
     ]
-    return [_draw(folder / name, title, before, fill) for name, fill in pictures]
+    drawn = [_draw(folder / name, title, before, fill) for name, fill in pictures]
+    last = next((step.stage for step in reversed(steps) if step.experts), None)
+    loads, _ = last_loads([step for step in steps if step.stage == last])
+    if any(sum(load.total) for load in loads):
+        drawn.append(_save(folder / "experts.png", f"{title}, {last}", lambda figure: draw_loads(figure, loads)))
+    return drawn
 
 
 def _steps_before(steps: Sequence[StepRecord]) -> dict[str, int]:
@@ -53,22 +59,29 @@ def _steps_before(steps: Sequence[StepRecord]) -> dict[str, int]:
 
 
 def _draw(path: Path, title: str, before: dict[str, int], fill: Callable[[Any], None]) -> Path:
+    def curves(figure: Any) -> None:
+        axes: Any = figure.add_subplot()
+        fill(axes)
+        for stage, start in before.items():
+            axes.axvline(start + 0.5, color="0.8", linewidth=1, zorder=0)
+            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+            axes.annotate(stage, (start + 0.5, 1), (3, -3), parse_math=False, **place)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    return _save(path, title, curves)
+
+
+def _save(path: Path, title: str, fill: Callable[[Any], None]) -> Path:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of its cache of fonts
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.add_subplot()
-    fill(axes)
-    for stage, start in before.items():
-        axes.axvline(start + 0.5, color="0.8", linewidth=1, zorder=0)
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-        axes.annotate(stage, (start + 0.5, 1), (3, -3), parse_math=False, **place)
-    axes.set_title(title, parse_math=False)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    fill(figure)
+    figure.suptitle(title, parse_math=False)
     temporary = path.with_name(f".unfinished-{path.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter of the title that the font does not have

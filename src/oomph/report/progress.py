@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from oomph.report import words
-from oomph.report.lines import clean
+from oomph.report.lines import NARROWEST, clean, hanging, kept
 from oomph.report.run import recovery
 from oomph.run_records import EvaluationRecord, StepRecord
 from oomph.units import size
@@ -32,8 +32,9 @@ class Screen:
         self._numbers = Text()
 
     def note(self, sentence: str) -> None:
-        """Something noteworthy, on lines of its own."""
-        self._console.print(Text(clean(sentence)), soft_wrap=True)
+        """Something noteworthy: wrapped in a terminal, one line elsewhere."""
+        said = clean(sentence)
+        self._console.print(self._wrapped(said, 0) if self._console.is_terminal else Text(said), soft_wrap=True)
 
     def begin(self, stage: str, steps: int, done: int) -> None:
         """A stage's steps begin."""
@@ -62,7 +63,7 @@ class Screen:
             self.note(f"{record.stage}: dry run of the largest samples: {_memory(record)}")
         elif self._live is not None:
             self._bar.update(self._task, completed=record.step)
-            self._numbers = Text("  " + figures(record), overflow="ellipsis", no_wrap=True)
+            self._numbers = self._wrapped(", ".join(map(kept, figures(record).split(", "))), 2)
         elif record.step in (1, record.steps) or record.step % -(-record.steps // _LINES) == 0:
             self.note(f"{record.stage} {record.step:,}/{record.steps:,}: {figures(record)}")
 
@@ -76,6 +77,9 @@ class Screen:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _wrapped(self, text: str, indent: int) -> Text:
+        return Text("\n").join(hanging(text, max(self._console.width, NARROWEST), indent))
 
 
 def figures(record: StepRecord) -> str:

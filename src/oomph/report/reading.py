@@ -1,28 +1,80 @@
-"""Reads what ``oomph plan``, ``oomph measure`` and ``oomph train`` wrote as JSON, and says what is wrong with anything else."""
+"""Reads what the verbs wrote as JSON, and a run's folder with its log, and says what is wrong with anything else."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from oomph.diagnosis_records import Diagnosis
 from oomph.errors import UserError
 from oomph.records import SCHEMA, Measurement, Plan
 from oomph.report.lines import clean, cut
-from oomph.run_records import RunSummary
+from oomph.run_records import EvaluationRecord, RunSummary, StepRecord
 
 _WAY_OUT = "`oomph plan RECIPE --json > plan.json` writes a plan that can be read"
 _MEASURE = "`oomph measure RECIPE --json > measured.json` writes a measurement that can be read"
 _TRAIN = "`oomph train RECIPE --json > run.json` writes a run that can be read, and so does run.json in its folder"
+_EXPLAIN = "`oomph explain FILE --json > diagnosis.json` writes a diagnosis that can be read"
 _LARGEST = 2**63
 _MESSAGE = 300
-_Read = TypeVar("_Read", Plan, Measurement, RunSummary)
+_Read = TypeVar("_Read", Plan, Measurement, RunSummary, Diagnosis)
+_RUN, _LOG = "run.json", "log.jsonl"
+_GOES_ON = "it is written when the run is done: `oomph train RECIPE --resume` goes on with one that is not"
 
 
-def read_record(file: str) -> Plan | Measurement | RunSummary:
-    """The plan, the measurement or the run that a file holds.
+class Reading(NamedTuple):
+    """A record, and the log that lies beside it if it is a run's."""
+
+    record: Plan | Measurement | RunSummary | Diagnosis
+    log: tuple[StepRecord | EvaluationRecord, ...] = ()
+
+
+def read(name: str) -> Reading:
+    """What a file or a run's folder holds.
+
+    Args:
+        name: a path, or ``-`` for standard input.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or holds none of this version.
+    """
+    if name == "-":
+        return Reading(read_record(name))
+    file = Path(name)
+    if os.path.isdir(file):  # Path.is_dir raises where a name is too long
+        file = file / _RUN
+        if not file.exists():
+            raise UserError(f"there is no {_RUN} in the folder {name!r}", f"{_GOES_ON}; {_WAY_OUT}")
+    record = read_record(str(file))
+    return Reading(record, read_log(file.with_name(_LOG)) if isinstance(record, RunSummary) else ())
+
+
+def read_log(file: Path) -> tuple[StepRecord | EvaluationRecord, ...]:
+    """A run's log, but for lines that are not whole or come from another version; empty where there is none.
+
+    Numbers that are none, as the loss of a run that diverged, are None.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError:
+        return ()
+    found: list[StepRecord | EvaluationRecord] = []
+    for line in lines:
+        with contextlib.suppress(ValueError, OverflowError, RecursionError):
+            row = json.loads(line, parse_int=_integer, parse_float=_finite, parse_constant=lambda _: None)
+            kind = row.get("kind") if isinstance(row, dict) else None
+            found += [StepRecord.from_json(row)] if kind == "step" else []
+            found += [EvaluationRecord.from_json(row)] if kind == "evaluation" else []
+    return tuple(found)
+
+
+def read_record(file: str) -> Plan | Measurement | RunSummary | Diagnosis:
+    """The plan, the measurement, the run or the diagnosis that a file holds.
 
     Args:
         file: a path, or ``-`` for standard input.
@@ -42,8 +94,8 @@ def read_record(file: str) -> Plan | Measurement | RunSummary:
         raise UserError(f"{file!r} cannot be read: {error.strerror}", _WAY_OUT) from None
 
 
-def parse_record(content: bytes, name: str) -> Plan | Measurement | RunSummary:
-    """The plan, the measurement or the run in a file's content.
+def parse_record(content: bytes, name: str) -> Plan | Measurement | RunSummary | Diagnosis:
+    """The plan, the measurement, the run or the diagnosis in a file's content.
 
     Args:
         content: JSON in UTF-8, UTF-16 or UTF-32.
@@ -59,6 +111,8 @@ def parse_record(content: bytes, name: str) -> Plan | Measurement | RunSummary:
         return _record(Measurement, data, name, "measurement", _MEASURE)
     if isinstance(data, dict) and data.get("kind") == "run":
         return _record(RunSummary, data, name, "run", _TRAIN)
+    if isinstance(data, dict) and data.get("kind") == "diagnosis":
+        return _record(Diagnosis, data, name, "diagnosis", _EXPLAIN)
     if not isinstance(data, dict) or "stages" not in data:
         raise UserError(f"{name} is JSON, but no plan and no measurement", f"{_WAY_OUT}; {_MEASURE}")
     return _record(Plan, data, name, "plan", _WAY_OUT)
@@ -67,7 +121,7 @@ def parse_record(content: bytes, name: str) -> Plan | Measurement | RunSummary:
 def _record(kind: type[_Read], data: dict[str, Any], name: str, what: str, way_out: str) -> _Read:
     if data.get("schema") != SCHEMA:
         version = f"schema {clean(repr(data['schema']))[:20]}" if "schema" in data else "no schema number"
-        anew = {"plan": "plan anew", "measurement": "measure anew", "run": "train anew"}[what]
+        anew = {"plan": "plan anew", "measurement": "measure anew", "run": "train anew", "diagnosis": "explain anew"}[what]
         raise UserError(f"{name} has {version}, and this version of oomph reads schema {SCHEMA}", f"{anew}: {way_out}")
     try:
         return kind.from_json(data)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich.text import Text
 
 from oomph.records import Choice, Recovery
-from oomph.report import words
+from oomph.report import expert_loads, words
 from oomph.report.lines import NARROWEST, clean, field, hanging, kept, paragraph, printed, rule
 from oomph.run_records import RunStage, RunSummary
 from oomph.units import size
@@ -91,6 +91,7 @@ def _stage(stage: RunStage, width: int) -> list[Text]:
     lines += field("loss", [_loss(stage)], width)
     if stage.evaluations:
         lines += field("evaluated", [_evaluated(stage)], width)
+    lines += field("experts", expert_loads.sentences(stage.experts, stage.balance_loss), width)
     lines += field("memory", _memory(stage), width)
     lines += field("speed", [_speed(stage)], width)
     lines += field("recoveries", [words.counted(len(stage.recoveries), "time") if stage.recoveries else "none"], width)
@@ -128,7 +129,9 @@ def _memory(stage: RunStage) -> Iterator[str]:
     if stage.measured_peak_bytes is not None:
         peak += f", {size(stage.measured_peak_bytes)} measured"
     yield f"{peak}; {size(stage.limit_bytes)} allowed"
-    if stage.worst_error is not None and stage.mean_error is not None:
+    if stage.worst_error == 0:
+        yield "predicted to the byte in every step"
+    elif stage.worst_error is not None and stage.mean_error is not None:
         yield f"predicted less measured: {_percent(stage.mean_error)} on average, {_percent(stage.worst_error)} at the most"
 
 

@@ -36,6 +36,7 @@ _ROLES = {
     "activation": ("activations", "an activation"),
     "scores": ("attention scores", "attention scores"),
     "logits": ("logits", "logits"),
+    "dispatch": ("dispatch to experts", "a tensor of the dispatch to experts"),
     "input": ("inputs", "an input"),
     "temporary": ("temporaries", "a temporary"),
     "workspace": ("library workspaces", "a library workspace"),
@@ -265,6 +266,8 @@ def _legend(request: Request, stage: StagePlan) -> str:
         return " (samples, heads, tokens, tokens)"
     if len(dimensions) == 3 and dimensions[1:] == (tokens, tokens) and request.role == "scores":
         return " (samples × heads, tokens, tokens)"
+    if len(dimensions) == 3 and dimensions[0] == samples * tokens and request.role == "dispatch":
+        return " (tokens, experts, capacity)"
     if len(dimensions) == 3 and dimensions[:2] == (samples, tokens):
         return f" (samples, tokens, {'vocabulary' if request.role == 'logits' else 'features'})"
     return ""
