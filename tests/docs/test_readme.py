@@ -118,6 +118,13 @@ def test_exit_codes_are_those_of_the_command_line(pages: dict[str, Any]) -> None
     assert documented == {int(code) for code in re.findall(r"(\d+): ", cli.run.__doc__ or "")}
 
 
+def test_every_exit_code_has_its_heading(pages: dict[str, Any]) -> None:
+    page = pages["docs/errors-and-exit-codes.md"]
+    codes = [int(code) for code, *_ in page.table("Errors and exit codes")]
+    assert [int(heading.partition(":")[0]) for heading in page.headings()[1:]] == codes
+    assert set(codes) == {int(code) for code in re.findall(r"(\d+): ", cli.run.__doc__ or "")}
+
+
 def test_numbers_in_the_table_of_comparisons(root: Path, pages: dict[str, Any]) -> None:
     folder = root / "tests" / "measured"
     text = pages["README.md"].section("What it predicts")

@@ -74,7 +74,7 @@ def _signed(share: float) -> str:
 def _recoveries(run: RunSummary) -> Table:
     found = [(stage.name, recovery) for stage in run.stages for recovery in stage.recoveries]
     more = f"; the first {_SHOWN} of {len(found):,}" if len(found) > _SHOWN else ""
-    head = ("stage", "step", "micro-batch", "what ran out", "predicted", "allowed", "taken", "error", "went on with", "message")
+    head = ("stage", "step", "micro-batch", "what ran out", "predicted", "allowed", "taken", "error", "went on with")
     rows = [[cell(stage), *_recovery(recovery)] for stage, recovery in found[:_SHOWN]]
     return table(f"When memory ran out, and what was done{more}", head, rows)
 
@@ -91,7 +91,6 @@ def _recovery(found: Recovery) -> list[Cell]:
         number("" if taken is None else size(taken)),
         number("" if taken is None else f"{size(found.predicted_bytes - taken)}"),
         cell(_went_on(found)),
-        cell(found.message),
     ]
 
 
