@@ -11,13 +11,13 @@ import argparse
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from run import Row, machine, table
-from torch import Tensor
+from samples import SAMPLES, TOKENS, Cost, Sample, collate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oomph.core.admission import Admission
@@ -28,32 +28,8 @@ from oomph.live.ranks.group import Ranks
 from oomph.live.step import LOSSES, accumulate, update
 from oomph.records import Choice
 
-RANKS, SAMPLES, TOKENS = 2, 8, 128
+RANKS = 2
 SHARDINGS = ("ddp", "fsdp2")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a sample costs."""
-
-    tokens: int = TOKENS
-    images: int = 0
-    label_tokens: int = TOKENS - 1
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample of random tokens."""
-
-    name: str
-    ids: Tensor
-    cost: Cost
-
-
-def collate(samples: Sequence[Sample], tokens: int = TOKENS) -> dict[str, Tensor]:
-    """A micro-batch; all samples are equally long."""
-    ids = torch.stack([sample.ids for sample in samples])
-    return {"input_ids": ids, "labels": ids.clone()}
 
 
 class Trained:

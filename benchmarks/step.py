@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from run import Row, machine, table
-from torch import Tensor
+from samples import SAMPLES, TOKENS, Cost, Sample, collate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from oomph.core.admission import Admission
@@ -26,33 +26,8 @@ from oomph.live.recover import Snapshot
 from oomph.live.step import LOSSES, train_step
 from oomph.records import Choice
 
-SAMPLES, TOKENS = 8, 128
 CPU = torch.device("cpu")
 MODELS = {"256 wide, 8 layers": (256, 8), "64 wide, 2 layers": (64, 2)}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a sample costs."""
-
-    tokens: int = TOKENS
-    images: int = 0
-    label_tokens: int = TOKENS - 1
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample of random tokens."""
-
-    name: str
-    ids: Tensor
-    cost: Cost
-
-
-def collate(samples: Sequence[Sample], tokens: int = TOKENS) -> dict[str, Tensor]:
-    """A micro-batch; all samples are equally long."""
-    ids = torch.stack([sample.ids for sample in samples])
-    return {"input_ids": ids, "labels": ids.clone()}
 
 
 class Trained:

@@ -7,9 +7,10 @@ cure) is empty or None without one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal
 
-from oomph.records import SCHEMA, Choice, FailingRequest, Record
+from oomph.record import SCHEMA, Document, Record
+from oomph.records import Choice, FailingRequest
 
 Reporter = Literal[
     "cuda allocator",
@@ -198,7 +199,7 @@ class Cure(Record):
 
 
 @dataclass(frozen=True)
-class Diagnosis(Record):
+class Diagnosis(Document):
     """`oomph explain`'s answer, and its ``--json``.
 
     Attributes:
@@ -228,17 +229,6 @@ class Diagnosis(Record):
     recipe: str | None = None
     kind: Literal["diagnosis"] = "diagnosis"
     schema: int = SCHEMA
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The diagnosis that ``to_json`` wrote.
-
-        Raises:
-            ValueError: as for every record, or the schema number is not the one that this version reads.
-        """
-        if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"Diagnosis.schema: {data['schema']!r} comes from another version; this one reads {SCHEMA}")
-        return super().from_json(data)
 
     @property
     def message(self) -> OomMessage:

@@ -8,6 +8,9 @@ import types
 import typing
 from typing import Any, Literal, Self
 
+SCHEMA = 1
+"""Of the documents that this version writes and reads."""
+
 
 class Record:
     """Mixin for frozen dataclasses: ``to_json`` and ``from_json`` are inverse to each other."""
@@ -25,6 +28,21 @@ class Record:
         """
         record: Self = _parse_record(cls, data, cls.__name__)
         return record
+
+
+class Document(Record):
+    """A record that stands by itself in a file, and says in `schema` which version's it is."""
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The document that ``to_json`` wrote.
+
+        Raises:
+            ValueError: as for every record, or the schema number is not the one that this version reads.
+        """
+        if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
+            raise ValueError(f"{cls.__name__}.schema: {data['schema']!r} comes from another version; this one reads {SCHEMA}")
+        return super().from_json(data)
 
 
 def _plain(value: Any) -> Any:

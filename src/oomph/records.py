@@ -7,11 +7,11 @@ cannot disagree about what was meant.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal
 
+from oomph.record import SCHEMA as SCHEMA
+from oomph.record import Document
 from oomph.record import Record as Record
-
-SCHEMA = 1
 
 Phase = Literal["load", "forward", "recompute", "backward", "optimizer", "evaluate"]
 Role = Literal[
@@ -296,7 +296,7 @@ class StagePlan(Record):
 
 
 @dataclass(frozen=True)
-class Plan(Record):
+class Plan(Document):
     """`oomph plan`'s answer, and its ``--json``."""
 
     recipe: str
@@ -305,17 +305,6 @@ class Plan(Record):
     stages: tuple[StagePlan, ...]
     versions: dict[str, str]
     schema: int = SCHEMA
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The plan that ``to_json`` wrote.
-
-        Raises:
-            ValueError: as for every record, or the plan's schema number is not the one that this version reads.
-        """
-        if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"Plan.schema: {data['schema']!r} comes from another version; this one reads {SCHEMA}")
-        return super().from_json(data)
 
     @property
     def fits(self) -> bool:
@@ -371,7 +360,7 @@ class MeasuredStage(Record):
 
 
 @dataclass(frozen=True)
-class Measurement(Record):
+class Measurement(Document):
     """`oomph measure`'s answer, and its ``--json``.
 
     `device` is ``cuda`` or ``cpu``. `gpu` is the card that was measured, by its name in the catalogue where that has it; on the
@@ -389,17 +378,6 @@ class Measurement(Record):
     date: str
     kind: Literal["measurement"] = "measurement"
     schema: int = SCHEMA
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The measurement that ``to_json`` wrote.
-
-        Raises:
-            ValueError: as for every record, or the schema number is not the one that this version reads.
-        """
-        if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"Measurement.schema: {data['schema']!r} comes from another version; this one reads {SCHEMA}")
-        return super().from_json(data)
 
     @property
     def within(self) -> bool:

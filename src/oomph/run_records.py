@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
-from oomph.records import SCHEMA, Choice, Record, Recovery
+from oomph.record import SCHEMA, Document, Record
+from oomph.records import Choice, Recovery
 
 LAST_STEPS = 50
 """Steps over which the load of experts is summed up; only those count that say it."""
@@ -163,7 +164,7 @@ class RunStage(Record):
 
 
 @dataclass(frozen=True)
-class RunSummary(Record):
+class RunSummary(Document):
     """`oomph train`'s answer, and its ``--json``.
 
     `device` is ``cuda`` or ``cpu``, `gpu` the card's name or the processor's. `model` is the folder of the last stage's model,
@@ -181,14 +182,3 @@ class RunSummary(Record):
     date: str
     kind: Literal["run"] = "run"
     schema: int = SCHEMA
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The summary that ``to_json`` wrote.
-
-        Raises:
-            ValueError: as for every record, or the schema number is not the one that this version reads.
-        """
-        if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"RunSummary.schema: {data['schema']!r} comes from another version; this one reads {SCHEMA}")
-        return super().from_json(data)

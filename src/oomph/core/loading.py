@@ -6,9 +6,8 @@ and so reserved bytes, and by rests that are not split off allocated bytes as we
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from oomph.core.events import Events, Segment
+from oomph.core.ranks import copied
 from oomph.core.trace import ITEM_BYTES
 
 _FLOAT32 = "float32"
@@ -30,14 +29,7 @@ def as_scripts_do(events: Events) -> Events:
     adapters = [s for s in load.timeline if s >= 0 and _is_adapter(events, s)]
     base = [entry for entry in load.timeline if entry not in set(adapters)]
     dtypes = {(events.kinds[s].module, events.layers[s]): events.kinds[s].dtype for s in reversed(base) if s >= 0}
-    result = replace(
-        events,
-        sizes=list(events.sizes),
-        shapes=list(events.shapes),
-        kinds=list(events.kinds),
-        layers=list(events.layers),
-        parameters=list(events.parameters),
-    )
+    result = copied(events)
     arriving, casting = list[int](), list[int]()
     for adapter in adapters:
         kind, layer = events.kinds[adapter], events.layers[adapter]

@@ -16,9 +16,10 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from oomph.core.events import Events, Kind, Segment
+from oomph.core.ranks import copied
 
 _SOURCE = "load:source"
 
@@ -70,14 +71,7 @@ def from_pretrained(events: Events, workers: Workers) -> Events:
             there are 16-bit ones in the checkpoint.
         workers: how fast the loader's threads are.
     """
-    result = replace(
-        events,
-        sizes=list(events.sizes),
-        shapes=list(events.shapes),
-        kinds=list(events.kinds),
-        layers=list(events.layers),
-        parameters=list(events.parameters),
-    )
+    result = copied(events)
     load, *others = events.segments
     weights, rest = _weights(result, load.timeline)
     adapters = [s for s in rest if ".lora_" in result.kinds[s].module]

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from oomph.core.dimensions import Load, capacity
-from oomph.errors import UserError
-from oomph.live.ffn import FFN_HINT, form_of
+from oomph.live.ffn import known_form
 from oomph.recipe import Experts
 from oomph.recipe.schema import Balance
 
@@ -70,9 +69,7 @@ class CapacityMixture(nn.Module):
             UserError: `dense` is not a plain or gated FFN.
         """
         super().__init__()
-        form = form_of(dense)
-        if form is None:
-            raise UserError(f"{type(dense).__name__} is not an FFN that experts can be made of.", FFN_HINT)
+        form = known_form(dense)
         up = dense.get_submodule(form.parts["up_proj"]).get_parameter("weight")
         self.experts = CapacityExperts(dense, count)
         self.router = CapacityRouter(up.shape[1], count, up)

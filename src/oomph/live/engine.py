@@ -323,6 +323,7 @@ class Engine(Generic[S]):
                 return loss
             if loss is not None:
                 total = loss if total is None else total.add_(loss)
+            del loss  # its number would be alive beside the next micro-batch, where no prediction has it
         return torch.zeros((), device=self._device) if total is None else total
 
     def _micro_batch(self, plan: _Plan, work: _Work[S], number: int, own: bool, learns: bool = False) -> Tensor | None:

@@ -13,8 +13,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401  registers torch.ops.transformers.grouped_mm_fallback
 from torch import Tensor, nn
 
-from oomph.errors import UserError
-from oomph.live.ffn import FFN_HINT, form_of
+from oomph.live.ffn import known_form
 
 
 class Watch(Protocol):
@@ -94,9 +93,7 @@ class Experts(nn.Module):
             UserError: `dense` is not a plain or gated FFN.
         """
         super().__init__()
-        form = form_of(dense)
-        if form is None:
-            raise UserError(f"{type(dense).__name__} is not an FFN that experts can be made of.", FFN_HINT)
+        form = known_form(dense)
         self.count = count
         self.gated = "gate_proj" in form.parts
         self.activation = form.activation

@@ -44,6 +44,18 @@ def find_ffn(layer: nn.Module) -> tuple[str, nn.Module]:
     raise UserError(f"{kind} has no FFN that experts can be made of; its modules are: {modules or 'none'}.", FFN_HINT)
 
 
+def known_form(ffn: nn.Module) -> Form:
+    """The form of a dense FFN.
+
+    Raises:
+        UserError: it is none that experts can be made of.
+    """
+    form = form_of(ffn)
+    if form is None:
+        raise UserError(f"{type(ffn).__name__} is not an FFN that experts can be made of.", FFN_HINT)
+    return form
+
+
 def form_of(ffn: nn.Module) -> Form | None:
     """The form of a dense FFN, or None where it is not one of the known ones."""
     linears = {name: module for name, module in ffn.named_children() if type(module) is nn.Linear}

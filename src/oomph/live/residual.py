@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from oomph.errors import UserError
-from oomph.live.ffn import FFN_HINT, form_of
+from oomph.live.ffn import known_form
 
 
 class ResidualExperts(nn.Module):
@@ -23,9 +22,7 @@ class ResidualExperts(nn.Module):
             UserError: `dense` is not a plain or gated FFN.
         """
         super().__init__()
-        form = form_of(dense)
-        if form is None:
-            raise UserError(f"{type(dense).__name__} is not an FFN that experts can be made of.", FFN_HINT)
+        form = known_form(dense)
         self.dense, self.mixture = dense, mixture
         like = dense.get_submodule(form.parts["up_proj"]).get_parameter("weight")
         self.coefficient = nn.Linear(like.shape[1], 2, device=like.device, dtype=like.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from rich.text import Text
 
@@ -55,28 +55,13 @@ def recovery(found: Recovery) -> str:
         return f"{happened}; the next steps take less"
     if not found.to_split:
         return f"{happened}; nothing of the step was left to train on"
-    return f"{happened}; redone with the same samples{_rung(found)}, cut {_cut(found.from_split)} → {_cut(found.to_split)}"
+    before, after = kept(words.sizes(found.from_split)), kept(words.sizes(found.to_split))
+    return f"{happened}; redone with the same samples{_rung(found)}, cut {before} → {after}"
 
 
 def _rung(found: Recovery) -> str:
-    changes = [
-        f"{words.label(knob)} {getattr(found.from_choice, knob)} → {getattr(found.to_choice, knob)}"
-        for knob in _KNOBS
-        if getattr(found.from_choice, knob) != getattr(found.to_choice, knob)
-    ]
-    return f" on the next rung, {', '.join(changes)}" if changes else " on the same rung"
-
-
-def _cut(split: Sequence[Sequence[int]]) -> str:
-    """The sizes of micro-batches: ``8+8``, ``4×8``."""
-    sizes = [len(piece) for piece in split]
-    pieces: list[tuple[int, int]] = []
-    for number in sizes:
-        if pieces and pieces[-1][1] == number:
-            pieces[-1] = pieces[-1][0] + 1, number
-        else:
-            pieces.append((1, number))
-    return kept(" + ".join(f"{times} × {number}" if times > 1 else f"{number}" for times, number in pieces))
+    changes = words.changes(found.from_choice, found.to_choice, _KNOBS)
+    return f" on the next rung, {changes}" if changes else " on the same rung"
 
 
 def _stage(stage: RunStage, width: int) -> list[Text]:

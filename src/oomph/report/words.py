@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import groupby
 
 from oomph.records import Choice, FailingRequest, Prediction, Request, Speed, StagePlan
 from oomph.report.lines import clean, kept
@@ -271,3 +273,15 @@ def _legend(request: Request, stage: StagePlan) -> str:
     if len(dimensions) == 3 and dimensions[:2] == (samples, tokens):
         return f" (samples, tokens, {'vocabulary' if request.role == 'logits' else 'features'})"
     return ""
+
+
+def changes(before: Choice, after: Choice, knobs: Iterable[str]) -> str:
+    """The knobs that two choices set otherwise, and how; empty where there are none."""
+    pairs = ((knob, getattr(before, knob), getattr(after, knob)) for knob in knobs)
+    return ", ".join(f"{label(knob)} {old} → {new}" for knob, old, new in pairs if old != new)
+
+
+def sizes(split: Iterable[Sequence[int]]) -> str:
+    """The sizes of micro-batches, neighbours of one size counted: ``2 × 8 + 4``."""
+    counts = ((len(list(equal)), samples) for samples, equal in groupby(map(len, split)))
+    return " + ".join(f"{many} × {samples}" if many > 1 else f"{samples}" for many, samples in counts)

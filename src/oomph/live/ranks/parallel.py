@@ -104,10 +104,9 @@ class Parallel(Protocol):
         ...
 
 
-class Alone:
-    """One process. Nothing is shared."""
+class Silent:
+    """Micro-batches communicate nothing: there is nothing to learn of them, to watch, or to drain."""
 
-    ranks = Ranks()
     in_step = False
 
     def loss(self, loss: Loss) -> Loss:
@@ -125,7 +124,13 @@ class Alone:
         """Nothing was watched."""
 
     def drain(self) -> None:
-        """Nobody waits."""
+        """Nobody waits within a micro-batch."""
+
+
+class Alone(Silent):
+    """One process. Nothing is shared."""
+
+    ranks = Ranks()
 
     def reset(self) -> None:
         """Nothing is left behind."""

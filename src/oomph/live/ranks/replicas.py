@@ -14,22 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from oomph.live.ranks.group import Ranks
-from oomph.live.ranks.parallel import clipped
-from oomph.live.step import Loss
+from oomph.live.ranks.parallel import Silent, clipped
 
 BUCKET_BYTES = 25 << 20
 """Small gradients are summed over ranks together, through a buffer of at most so many bytes."""
 
 
-class Replicas:
+class Replicas(Silent):
     """The same model on every rank.
 
     Args:
         model: whose parameters and buffers are those of rank 0 from now on.
         ranks: the processes.
     """
-
-    in_step = False
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -38,23 +35,6 @@ class Replicas:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), 0)
         self._buckets = {dtype: self._bucket(dtype) for dtype in {parameter.dtype for parameter in self._parameters}}
-
-    def loss(self, loss: Loss) -> Loss:
-        """The same."""
-        return loss
-
-    def knows(self, name: str) -> bool:
-        """Micro-batches communicate nothing."""
-        return True
-
-    def begin(self, name: str, learns: bool = False) -> None:
-        """Nothing is watched."""
-
-    def end(self) -> None:
-        """Nothing was watched."""
-
-    def drain(self) -> None:
-        """Nobody waits within a micro-batch."""
 
     def reset(self) -> None:
         """Drops gradients; a step leaves nothing else."""

@@ -100,24 +100,9 @@ def _went_on(found: Recovery) -> str:
         return "the next steps take less"
     if not found.to_split:
         return "nothing was left to train on"
-    changes = [
-        f"{words.label(knob)} {getattr(found.from_choice, knob)} → {getattr(found.to_choice, knob)}"
-        for knob in _KNOBS
-        if getattr(found.from_choice, knob) != getattr(found.to_choice, knob)
-    ]
-    rung = f"next rung: {', '.join(changes)}" if changes else "same rung"
-    return f"{rung}; cut {_sizes(found.from_split)} → {_sizes(found.to_split)}"
-
-
-def _sizes(split: Sequence[Sequence[int]]) -> str:
-    """The sizes of micro-batches, neighbours of one size counted: ``2 × 8 + 4``."""
-    pieces: list[tuple[int, int]] = []
-    for piece in split:
-        if pieces and pieces[-1][1] == len(piece):
-            pieces[-1] = pieces[-1][0] + 1, len(piece)
-        else:
-            pieces.append((1, len(piece)))
-    return " + ".join(f"{times} × {wide}" if times > 1 else f"{wide}" for times, wide in pieces)
+    changes = words.changes(found.from_choice, found.to_choice, _KNOBS)
+    rung = f"next rung: {changes}" if changes else "same rung"
+    return f"{rung}; cut {words.sizes(found.from_split)} → {words.sizes(found.to_split)}"
 
 
 def _evaluations(run: RunSummary) -> Table:
